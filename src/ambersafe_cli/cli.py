@@ -1,0 +1,232 @@
+"""The commands: each reads its flags and calls the room that does the work. Nothing heavy is imported at the top."""
+
+import enum
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ambersafe_cli.errors import AmberSafeError, UsageError
+
+app = typer.Typer(
+    help="Safety-tune a language model with DPO, by patching and launching its reference implementation.",
+    epilog="The way through: ambersafe setup, ambersafe sft, ambersafe dpo --beta 0.1. To try it: ambersafe demo.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+)
+
+
+class Loss(enum.StrEnum):
+    dpo = "dpo"
+    ipo = "ipo"
+
+
+Clone = Annotated[
+    Path, typer.Option("--dir", envvar="AMBERSAFE_UPSTREAM_DIR", help="The folder of the clone of upstream.")
+]
+Repo = Annotated[str | None, typer.Option(help="Another URL, or a local path, to clone upstream from.")]
+Python = Annotated[str, typer.Option(help="The interpreter that runs train.py.", show_default="this one")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+RecipeName = Annotated[str, typer.Option("--recipe", help="A recipe's name, or the path of a YAML file.")]
+Model = Annotated[str | None, typer.Option(help="The model to train: a name on the hub, or a folder.")]
+ModelRevision = Annotated[str | None, typer.Option(help="Its branch, tag or commit on the hub.")]
+Data = Annotated[
+    str | None,
+    typer.Option(help="Preference rows: a file (jsonl, json, parquet, csv), a folder, or a dataset on the hub."),
+]
+DataRevision = Annotated[
+    str | None, typer.Option(help="Their branch, tag or commit on the hub. AmberSafe's own is v0.")
+]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Examples (SFT) or pairs (DPO) an optimizer step.")]
+GradAccum = Annotated[int | None, typer.Option(min=1, help="Microbatches that a batch is cut into.")]
+LearningRate = Annotated[float | None, typer.Option("--lr", min=0, help="Learning rate.")]
+Epochs = Annotated[int | None, typer.Option(min=1, help="Times through the data.")]
+MaxLength = Annotated[int | None, typer.Option(min=2, help="Tokens of prompt and response together.")]
+Trainer = Annotated[str | None, typer.Option(help="FSDPTrainer or BasicTrainer.")]
+ExpName = Annotated[str | None, typer.Option(help="The run's name: the beginning of its folder's.")]
+Seed = Annotated[int | None, typer.Option(help="Upstream's seed. The order of its data does not depend on it.")]
+Bf16 = Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16; the weights stay float32.")]
+Wandb = Annotated[bool | None, typer.Option(help="Log to Weights & Biases.", show_default="off")]
+Nproc = Annotated[
+    int | None, typer.Option(min=1, help="Processes, each on a GPU of its own or on the CPU.", show_default="one a GPU")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the command, start nothing.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Anything else of upstream's config, as Hydra takes it."),
+]
+DEFAULT_CLONE = Path("direct-preference-optimization")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from ambersafe_cli import __version__, display
+
+        display.write(f"ambersafe-cli {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with an error. May stand anywhere.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def setup(
+    folder: Clone = DEFAULT_CLONE,
+    repo: Repo = None,
+    commit: Annotated[str | None, typer.Option(help="Another commit, branch or tag.", show_default="pinned")] = None,
+    minimal: Annotated[bool, typer.Option("--minimal", help="Apply only the patch that adds saferlhf.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Move what is in the way aside, and go on.")] = False,
+) -> None:
+    """Clone upstream at the pinned commit and apply the patches. Run again, it finishes what was interrupted."""
+    from ambersafe_cli import reports
+
+    reports.setup(folder.absolute(), repo, commit, minimal, force)
+
+
+@app.command()
+def sft(
+    ctx: typer.Context,
+    recipe: RecipeName = "ambersafe",
+    model: Model = None,
+    model_revision: ModelRevision = None,
+    data: Data = None,
+    data_revision: DataRevision = None,
+    batch_size: BatchSize = None,
+    grad_accum: GradAccum = None,
+    lr: LearningRate = None,
+    epochs: Epochs = None,
+    max_length: MaxLength = None,
+    trainer: Trainer = None,
+    exp_name: ExpName = None,
+    seed: Seed = None,
+    bf16: Bf16 = False,
+    wandb: Wandb = None,
+    nproc: Nproc = None,
+    folder: Clone = DEFAULT_CLONE,
+    python: Python = sys.executable,
+    dry_run: DryRun = False,
+    overrides: Overrides = None,
+) -> int:
+    """Fine-tune on the chosen responses: the first stage."""
+    from ambersafe_cli import stages
+
+    return stages.run(stages.request("sft", ctx.params), dry_run)
+
+
+@app.command()
+def dpo(
+    ctx: typer.Context,
+    beta: Annotated[
+        float | None, typer.Option(min=0, help="Temperature of the DPO loss.", show_default="the recipe's, 0.1")
+    ] = None,
+    archive: Annotated[
+        Path | None,
+        typer.Option(help="The policy.pt to start from.", show_default="the newest finished SFT run of this model"),
+    ] = None,
+    loss: Annotated[Loss, typer.Option(help="Which loss.")] = Loss.dpo,
+    label_smoothing: Annotated[
+        float | None, typer.Option(min=0, max=0.5, help="Share of pairs taken to be flipped (conservative DPO).")
+    ] = None,
+    recipe: RecipeName = "ambersafe",
+    model: Model = None,
+    model_revision: ModelRevision = None,
+    data: Data = None,
+    data_revision: DataRevision = None,
+    batch_size: BatchSize = None,
+    grad_accum: GradAccum = None,
+    lr: LearningRate = None,
+    epochs: Epochs = None,
+    max_length: MaxLength = None,
+    trainer: Trainer = None,
+    exp_name: ExpName = None,
+    seed: Seed = None,
+    bf16: Bf16 = False,
+    wandb: Wandb = None,
+    nproc: Nproc = None,
+    folder: Clone = DEFAULT_CLONE,
+    python: Python = sys.executable,
+    dry_run: DryRun = False,
+    overrides: Overrides = None,
+) -> int:
+    """Train on preference pairs, from an SFT checkpoint: the second stage."""
+    from ambersafe_cli import stages
+
+    return stages.run(stages.request("dpo", ctx.params), dry_run)
+
+
+@app.command()
+def data(
+    data: Data = None,
+    data_revision: DataRevision = None,
+    recipe: RecipeName = "ambersafe",
+    as_json: Json = False,
+) -> None:
+    """Count what preference data holds: rows, pairs, lengths."""
+    from ambersafe_cli import reports
+
+    reports.data(recipe, data, data_revision, as_json)
+
+
+@app.command()
+def status(folder: Clone = DEFAULT_CLONE, python: Python = sys.executable, as_json: Json = False) -> None:
+    """Show the clone, its patches, and the training environment."""
+    from ambersafe_cli import reports
+
+    reports.status(folder.absolute(), python, as_json)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this one, as it stands in its file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the recipes, or print one."""
+    from ambersafe_cli import reports
+
+    reports.recipes(name, as_json)
+
+
+@app.command()
+def demo(folder: Clone = DEFAULT_CLONE, repo: Repo = None, python: Python = sys.executable) -> int:
+    """Set up, and take a tiny model through both stages: a minute."""
+    from ambersafe_cli import demo
+
+    return demo.run(folder.absolute(), repo, python)
+
+
+def main() -> None:
+    """The entry point: one clear message and an exit status of its own for everything that goes wrong."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    try:
+        status = app([a for a in arguments if a != "--debug"], prog_name="ambersafe", standalone_mode=False)
+    except AmberSafeError as error:
+        failure = error
+    except typer.TyperException as error:
+        failure = UsageError(error.format_message(), "`ambersafe COMMAND --help` lists what it takes.")
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+    except Exception as error:
+        failure = AmberSafeError(
+            f"{type(error).__name__}: {error}", "This is a defect of ambersafe: please report it with --debug's output."
+        )
+        failure.__cause__ = error
+    else:
+        sys.exit(status or 0)
+    if debug:
+        traceback.print_exception(failure)
+    from ambersafe_cli import display
+
+    display.fail(failure)
+    sys.exit(failure.exit_status)

@@ -1,0 +1,92 @@
+"""All that this program prints: prose and progress on stderr, what a script would read on stdout."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ambersafe_cli.errors import AmberSafeError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ambersafe_cli.upstream import Progress
+
+
+def _styled(text: str, style: str) -> str:
+    return f"\033[{style}m{text}\033[0m" if sys.stderr.isatty() else text
+
+
+def say(text: str) -> None:
+    """A line of prose."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    """A line about what the user may not have expected."""
+    say(f"{_styled('note:', '33')} {text}")
+
+
+def fail(error: AmberSafeError) -> None:
+    """What is wrong, and how to mend it."""
+    say(f"{_styled('error:', '31')} {error.message}")
+    if error.hint:
+        say(f"  {error.hint}")
+
+
+def write(text: str) -> None:
+    """A line of the answer itself."""
+    print(text, flush=True)
+
+
+def write_json(value: Any) -> None:
+    """The answer for a program."""
+    write(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def write_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """The answer as a table: the first column to the left, the others, if they are numbers, to the right."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        cells = [row[index] for row in rows]
+        is_number = index > 0 and all(cell[:1] in "-+.0123456789" for cell in cells)
+        table.add_column(column, justify="right" if is_number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    _console(sys.stdout).print(table)
+
+
+def _console(file: Any) -> "Console":
+    from rich.console import Console
+
+    return Console(file=file, markup=False, highlight=False, emoji=False)
+
+
+@contextlib.contextmanager
+def progress(title: str) -> Iterator["Progress"]:
+    """Show how far a piece of work is: a bar on a terminal; elsewhere a line when a step begins."""
+    if not sys.stderr.isatty():
+        seen: set[str] = set()
+
+        def line(step: str, done: float) -> None:
+            if step not in seen:
+                seen.add(step)
+                say(f"{title}: {step} …")
+
+        yield line
+        return
+
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    with Progress(*columns, console=_console(sys.stderr), transient=True) as bar:
+        task = bar.add_task(title, total=1.0)
+
+        def advance(step: str, done: float) -> None:
+            bar.update(task, description=f"{title}: {step}", completed=done)
+
+        yield advance

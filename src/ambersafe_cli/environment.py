@@ -1,0 +1,112 @@
+"""What the interpreter that runs train.py has, packages and GPUs: asked of a child that imports none of them."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ambersafe_cli.errors import TrainingEnvironmentError
+
+# What upstream's train.py imports, and the distribution that brings it.
+MODULES = {
+    "torch": "torch",
+    "transformers": "transformers",
+    "accelerate": "accelerate",
+    "datasets": "datasets",
+    "hydra": "hydra-core",
+    "omegaconf": "omegaconf",
+    "wandb": "wandb",
+    "bs4": "beautifulsoup4",
+    "numpy": "numpy",
+    "tqdm": "tqdm",
+}
+INSTALL_HINT = "Install them there: `pip install 'ambersafe-cli[train]'`, or name another interpreter with --python."
+
+# Runs in the other interpreter, of any version, with the standard library alone. The first entry of sys.path is the
+# working folder, where a folder called `wandb` would pass for a package; train.py does not see it either.
+_PROBE = """
+import importlib.metadata as metadata, importlib.util as util, json, re, sys
+sys.path.pop(0)
+modules, versions, cuda = json.loads(sys.argv[1]), {}, None
+for module, distribution in modules.items():
+    try:
+        versions[distribution] = metadata.version(distribution) if util.find_spec(module) else None
+    except (ImportError, ValueError):
+        versions[distribution] = None
+spec = util.find_spec("torch")
+if spec and spec.submodule_search_locations:
+    with open(spec.submodule_search_locations[0] + "/version.py") as file:
+        found = re.search(r"^(?:cuda|hip)\\b.*?= '([^']+)'", file.read(), re.MULTILINE)
+    cuda = found and found.group(1)
+json.dump({"python": sys.version.split()[0], "versions": versions, "cuda": cuda}, sys.stdout)
+"""
+
+
+@dataclass(frozen=True)
+class TrainingEnvironment:
+    """An interpreter's path and version, the version of each package by distribution (None if it is missing), the CUDA
+    or ROCm version that its torch is built for (None: CPU only), and the names of the GPUs that torch will see."""
+
+    python: str
+    python_version: str
+    versions: Mapping[str, str | None]
+    cuda: str | None
+    gpus: tuple[str, ...]
+
+    @property
+    def missing(self) -> list[str]:
+        return [name for name, version in self.versions.items() if version is None]
+
+    def require_packages(self) -> None:
+        """Raise TrainingEnvironmentError if train.py could not even import what it needs."""
+        if self.missing:
+            raise TrainingEnvironmentError(f"{self.python} lacks {', '.join(self.missing)}.", INSTALL_HINT)
+
+
+def probe(python: str) -> TrainingEnvironment:
+    """Ask an interpreter, a path or a name on PATH, what it has. Raises TrainingEnvironmentError if it cannot say."""
+    path = shutil.which(Path(python).expanduser())
+    if path is None:
+        raise TrainingEnvironmentError(f"There is no interpreter {python}.", "--python takes the path of a Python.")
+    path = str(Path(path).absolute())  # not resolved: a virtual environment's python is a link
+    try:
+        child = subprocess.run(
+            [path, "-c", _PROBE, json.dumps(MODULES)], capture_output=True, text=True, timeout=60, check=True
+        )
+        answer = json.loads(child.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip()
+        raise TrainingEnvironmentError(
+            f"{path} does not work as a Python interpreter: {said}", "--python takes the path of a Python."
+        ) from error
+    gpus = _visible_gpus() if answer["cuda"] else ()
+    return TrainingEnvironment(path, answer["python"], answer["versions"], answer["cuda"], gpus)
+
+
+def _visible_gpus() -> tuple[str, ...]:
+    """The names of the GPUs that CUDA_VISIBLE_DEVICES leaves, as nvidia-smi or rocm-smi lists them."""
+    names: list[str] = []
+    for command, line in (
+        (["nvidia-smi", "-L"], r"^GPU \d+: (.+?) \("),
+        (["rocm-smi", "--showproductname"], r"Card Series:\s*(.+)"),
+    ):
+        if not names and shutil.which(command[0]):
+            listed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+            names = re.findall(line, listed.stdout, flags=re.MULTILINE)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return tuple(names)
+    # As CUDA reads it: up to the first index that is none. An entry may also be the id of a GPU or of a slice of one.
+    chosen: list[str] = []
+    for entry in filter(None, visible.split(",")):
+        if re.fullmatch(r"-?\d+", entry.strip()):
+            if not 0 <= int(entry) < len(names):
+                break
+            chosen.append(names[int(entry)])
+        elif names:
+            chosen.append(f"{names[0]} ({entry.strip()})" if "MIG" in entry else entry.strip())
+    return tuple(chosen)

@@ -1,0 +1,95 @@
+"""The exceptions that a user meets: what is wrong and where, how to mend it, and one exit status for each kind.
+
+An exit status below 64 is that of train.py; the README lists those from 64 on.
+"""
+
+from typing import ClassVar
+
+
+class AmberSafeError(Exception):
+    """Ends the command with `exit_status`, after printing `message` and `hint`, without a traceback."""
+
+    exit_status: ClassVar[int] = 70
+    kind: ClassVar[str] = "an unexpected failure of ambersafe itself"
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(AmberSafeError):
+    """A flag, a value or a KEY=VALUE that cannot be used."""
+
+    exit_status = 64
+    kind = "a wrong command line"
+
+
+class DataError(AmberSafeError):
+    """Preference data that is missing, unreadable or not what get_saferlhf needs."""
+
+    exit_status = 65
+    kind = "data that is missing, unreadable, empty, or has not the columns that are needed"
+
+
+class ArchiveError(AmberSafeError):
+    """No policy.pt to start DPO from."""
+
+    exit_status = 66
+    kind = "no finished SFT run, or no `policy.pt`, to start DPO from"
+
+
+class RecipeError(AmberSafeError):
+    """A recipe that is missing or malformed."""
+
+    exit_status = 67
+    kind = "a recipe that is missing or malformed"
+
+
+class GitError(AmberSafeError):
+    """git is missing, or one of its commands failed."""
+
+    exit_status = 68
+    kind = "`git` is missing or failed"
+
+
+class SourceError(AmberSafeError):
+    """Upstream's repository cannot be reached, or has no such commit."""
+
+    exit_status = 69
+    kind = "upstream's repository cannot be reached, or has no such commit"
+
+
+class CloneError(AmberSafeError):
+    """The folder of the clone is missing, foreign, edited or at another commit."""
+
+    exit_status = 71
+    kind = "the clone is missing, foreign, edited, or at another commit"
+
+
+class PatchError(AmberSafeError):
+    """A patch does not apply, or a file of the series is malformed."""
+
+    exit_status = 72
+    kind = "a patch does not apply"
+
+
+class TrainingEnvironmentError(AmberSafeError):
+    """The interpreter that is to run train.py is missing, or lacks packages."""
+
+    exit_status = 73
+    kind = "the interpreter for training is missing or lacks packages"
+
+
+class RunFolderError(AmberSafeError):
+    """The run folder cannot be made or written."""
+
+    exit_status = 74
+    kind = "the run folder cannot be made or written"
+
+
+class NoCheckpointError(AmberSafeError):
+    """train.py ended with exit status 0 but left no checkpoint."""
+
+    exit_status = 75
+    kind = "`train.py` ended with exit status 0 but left no checkpoint"

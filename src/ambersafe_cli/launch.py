@@ -1,0 +1,228 @@
+"""The child process: the command that runs train.py, and running it with its output, its signals and its end."""
+
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO, TYPE_CHECKING, BinaryIO
+
+from ambersafe_cli.environment import TrainingEnvironment
+from ambersafe_cli.errors import RunFolderError, UsageError
+from ambersafe_cli.overrides import assign
+from ambersafe_cli.recipe import Stage
+from ambersafe_cli.runs import user_name
+
+if TYPE_CHECKING:
+    from ambersafe_cli.upstream import CloneState
+
+SECONDS_TO_STOP = 20.0
+"""How long train.py may take to end after it was asked to, before it is killed."""
+
+_MARK = "AMBERSAFE_RUN"
+_TORCHRUN_PATCH = "Join the process group that torchrun made"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A command that is ready to start: what it trains, its arguments, and what it adds to the environment.
+
+    `notes` say what was changed to suit the machine or the clone.
+    """
+
+    stage: Stage
+    run_folder: Path
+    argv: tuple[str, ...]
+    environment: Mapping[str, str]
+    notes: tuple[str, ...]
+
+    def as_shell(self) -> str:
+        """The same as one line for a shell."""
+        settings = [f"{key}={value}" for key, value in self.environment.items()]
+        return f"mkdir -p {shlex.quote(str(self.run_folder))} && {shlex.join(['env', *settings, *self.argv])}"
+
+
+def plan(
+    stage: Stage, clone: "CloneState", environment: TrainingEnvironment, run_folder: Path, processes: int | None
+) -> Launch:
+    """Fit a stage to the clone and the machine, and write its command. Raises UsageError for what cannot be had."""
+    notes: list[str] = []
+    can_torchrun = any(p.patch.subject == _TORCHRUN_PATCH and p.state != "missing" for p in clone.patches)
+    if processes is not None and not can_torchrun:
+        raise UsageError(
+            "--nproc needs the patch that lets train.py join torchrun's processes.", "Apply it: `ambersafe setup`."
+        )
+    if processes is not None and environment.gpus and processes > len(environment.gpus):
+        raise UsageError(f"--nproc {processes} needs as many GPUs, and there are {len(environment.gpus)}.")
+    if processes is None and "FSDP" in stage.trainer:
+        processes = len(environment.gpus)
+        if not processes:
+            notes.append("FSDPTrainer needs GPUs and there is none here: BasicTrainer, on the CPU.")
+            stage = stage.with_values({"trainer": "BasicTrainer"})
+    elif processes is not None and "FSDP" not in stage.trainer:
+        if "trainer" in stage.explicit or any(o.key == "trainer" for o in stage.overrides):
+            raise UsageError(f"--nproc needs FSDPTrainer: {stage.trainer} trains in one process.")
+        notes.append(f"--nproc: FSDPTrainer in place of the recipe's {stage.trainer}.")
+        stage = stage.with_values({"trainer": "FSDPTrainer"})
+    if stage.get("model.fsdp_policy_mp") and "FSDP" not in stage.trainer:
+        raise UsageError(
+            f"--bf16 needs FSDPTrainer: {stage.trainer} has no mixed precision.", "On one GPU or a CPU: --nproc 1."
+        )
+
+    unknown = [k for p in clone.patches if p.state == "missing" for k in p.patch.config_keys if k in stage.values]
+    for key in unknown:
+        if key in stage.explicit:
+            raise UsageError(f"{key} comes with a patch that {clone.folder} lacks.", "Apply it: `ambersafe setup`.")
+        notes.append(f"{key} is left away: the patch that adds it is not in {clone.folder}.")
+    stage = stage.without(unknown)
+
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    argv = [environment.python, *(torchrun if can_torchrun and "FSDP" in stage.trainer else []), str(clone.train_py)]
+    argv += [assign(key, value) for key, value in stage.values.items()]
+    argv += [assign("local_run_dir", str(run_folder)), assign("hydra.run.dir", str(run_folder / "hydra"))]
+    argv += [override.text for override in stage.overrides if override.key != "local_run_dir"]
+    settings = {"SAFERLHF_DATASET": stage.data, "SAFERLHF_REVISION": stage.data_revision or "", "PYTHONUNBUFFERED": "1"}
+    if user_name().startswith("uid-"):
+        settings["LOGNAME"] = user_name()  # upstream's getpass.getuser() would raise KeyError
+    return Launch(stage, run_folder, tuple(argv), settings, tuple(notes))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the child ended: its exit status (128 and the signal's number if a signal ended it or us)."""
+
+    exit_status: int
+    interrupted: bool
+
+
+def run(launch: Launch, log: Path) -> Outcome:
+    """Start the child, pass on what it prints as it comes, keep it in `log` as well, and wait for its end.
+
+    Ctrl-C, SIGTERM and SIGHUP are passed on to the child; however it ends, no process of it is left behind.
+    Raises RunFolderError if the log cannot be written.
+    """
+    mark = f"{launch.run_folder}:{os.getpid()}"
+    environment = {**os.environ, **launch.environment, _MARK: mark}
+    try:
+        log_file = log.open("ab")
+    except OSError as error:
+        raise RunFolderError(f"Cannot write {log}: {error.strerror}") from error
+    with log_file, _signals() as received:
+        child = subprocess.Popen(
+            launch.argv,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # a Ctrl-C of the terminal reaches us alone, and we pass it on
+        )
+        assert child.stdout and child.stderr  # noqa: S101, for mypy: both are pipes
+        write_log = _line_writer(log_file)
+        pumps = [
+            threading.Thread(target=_pump, args=(source, target, write_log), daemon=True)
+            for source, target in ((child.stdout, sys.stdout), (child.stderr, sys.stderr))
+        ]
+        for pump in pumps:
+            pump.start()
+        try:
+            _wait(child, received)
+        finally:
+            _kill_all(child, mark)
+        for pump in pumps:
+            pump.join(timeout=10)
+    if received:
+        return Outcome(128 + received[0], interrupted=True)
+    status = child.returncode
+    return Outcome(status if status >= 0 else 128 - status, interrupted=False)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect the signals that ask us to stop, instead of dying of them. One that is ignored (nohup) stays so."""
+    received: list[int] = []
+
+    def collect(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in old.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, collect)
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _wait(child: "subprocess.Popen[bytes]", received: Sequence[int]) -> None:
+    """Wait for the child; pass the first signal on, and after a second one, or some time, leave it to be killed."""
+    deadline = None
+    while child.poll() is None:
+        if received and deadline is None:
+            child.send_signal(received[0])
+            deadline = time.monotonic() + SECONDS_TO_STOP
+        if len(received) > 1 or (deadline is not None and time.monotonic() > deadline):
+            return
+        time.sleep(0.05)
+
+
+def _kill_all(child: "subprocess.Popen[bytes]", mark: str) -> None:
+    """Kill what is left of the child. torchrun's workers are in sessions of their own, but all of them, and what they
+    started in turn, have our mark in their environment."""
+    while left := _marked(mark):
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)  # without /proc, at least the child's own session
+    child.wait()
+
+
+def _marked(mark: str) -> list[int]:
+    """The processes, this one apart, that have our mark in their environment (Linux; elsewhere none is found)."""
+    wanted = f"{_MARK}={mark}".encode()
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if wanted in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return found
+
+
+def _line_writer(log: BinaryIO) -> Callable[[bytes], None]:
+    """Return a function that the two pumps share: it appends to the log, and flushes it for who reads along."""
+    lock = threading.Lock()
+
+    def write(data: bytes) -> None:
+        with lock, contextlib.suppress(OSError, ValueError):  # a full disk must not stop the pump, or the child hangs
+            log.write(data)
+            log.flush()
+
+    return write
+
+
+def _pump(source: IO[bytes], target: IO[str], write_log: Callable[[bytes], None]) -> None:
+    """Pass bytes on as they come; into the log, which two streams share, only whole lines."""
+    rest = b""
+    shows = True
+    while data := os.read(source.fileno(), 65536):
+        if shows:
+            try:
+                target.buffer.write(data)  # type: ignore[attr-defined]
+                target.flush()
+            except (OSError, ValueError):
+                shows = False  # the terminal is gone; the training and its log go on
+        *lines, rest = (rest + data).split(b"\n")
+        if lines:
+            write_log(b"\n".join(lines) + b"\n")
+    if rest:
+        write_log(rest + b"\n")

@@ -1,0 +1,207 @@
+"""From a recipe, flags and KEY=VALUE to a Stage: what is to be trained, fully resolved.
+
+A recipe is a YAML file with the values of both stages, named as upstream's config names them. KEY=VALUE wins over
+flags, flags over the recipe, the recipe over upstream's own config.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, cast
+
+import yaml
+
+from ambersafe_cli.errors import DataError, RecipeError, UsageError
+from ambersafe_cli.overrides import Override, Value, parse_overrides, read_yaml
+
+FOLDER = Path(__file__).parent / "recipes"
+DEFAULT = "ambersafe"
+HUB_DATASET = "PKU-Alignment/PKU-SafeRLHF"
+
+StageName = Literal["sft", "dpo"]
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+_FILE_ENDINGS = (".jsonl", ".json", ".parquet", ".csv")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe as it stands in its file; `source` is the name of a packaged one, or the path."""
+
+    source: str
+    description: str
+    data: str | None
+    data_revision: str | None
+    values: Mapping[StageName, Mapping[str, Value]]
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What the flags of `sft` and `dpo` say: None where one was not given.
+
+    `values` are upstream's keys with what was given for them; the rest has no key there.
+    """
+
+    values: Mapping[str, Value]
+    data: str | None = None
+    data_revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training run, fully resolved.
+
+    `values` are the recipe's and the flags', by upstream's key, without those that an override replaces; `explicit` are
+    the keys among them that a flag set; `data` is a path or a name on the hub.
+    """
+
+    name: StageName
+    recipe: str
+    values: Mapping[str, Value]
+    explicit: frozenset[str]
+    overrides: tuple[Override, ...]
+    data: str
+    data_revision: str | None
+
+    def get(self, key: str) -> Value:
+        """What train.py will see for a key, or None if that is left to upstream's config."""
+        given = [override.value for override in self.overrides if override.key == key]
+        return given[-1] if given else self.values.get(key)
+
+    def with_values(self, values: Mapping[str, Value]) -> "Stage":
+        """The same stage with other values for some keys, whoever had set them."""
+        kept = tuple(override for override in self.overrides if override.key not in values)
+        return replace(self, values={**self.values, **values}, overrides=kept)
+
+    def without(self, keys: Sequence[str]) -> "Stage":
+        """The same stage with some keys left to upstream's config."""
+        return replace(self, values={k: v for k, v in self.values.items() if k not in keys})
+
+    @property
+    def model(self) -> str:
+        """The model's name on the hub, or its path."""
+        return str(self.get("model.name_or_path"))
+
+    @property
+    def trainer(self) -> str:
+        return str(self.get("trainer") or "BasicTrainer")
+
+
+def names() -> list[str]:
+    """The recipes in the package, the default one first."""
+    return sorted((path.stem for path in FOLDER.glob("*.yaml")), key=lambda name: (name != DEFAULT, name))
+
+
+def path_of(name: str) -> Path:
+    """The file of a packaged recipe, or of one given by its path. Raises RecipeError if there is neither."""
+    if name in names():
+        return FOLDER / f"{name}.yaml"
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise RecipeError(f"There is no recipe {name}.", f"Take {' or '.join(names())}, or the path of a YAML file.")
+    return path
+
+
+def load(name: str) -> Recipe:
+    """Read a recipe. Raises RecipeError naming the file and the key that is wrong."""
+    path = path_of(name)
+    hint = f"`ambersafe recipes {DEFAULT}` prints one to start from."
+    try:
+        document = read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"Cannot read the recipe {path}: {error}", hint) from error
+    if not isinstance(document, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys, this is none.", hint)
+    unknown = set(document) - {"description", "data", "data_revision", "both", "sft", "dpo"}
+    if unknown:
+        raise RecipeError(f"{path}: unknown key {', '.join(sorted(map(str, unknown)))}.", hint)
+    for part in ("both", "sft", "dpo"):
+        _check_part(path, part, document.get(part, {}), hint)
+    for key in ("description", "data", "data_revision"):
+        if not isinstance(document.get(key), str | None):
+            raise RecipeError(f"{path}: {key} must be a text, not {document[key]!r}.", hint)
+    both = document.get("both", {})
+    values = {stage: {**both, **document.get(stage, {})} for stage in ("sft", "dpo")}
+    return Recipe(
+        source=name if name in names() else str(path.resolve()),
+        description=document.get("description") or "",
+        data=document.get("data"),
+        data_revision=document.get("data_revision"),
+        values=cast("dict[StageName, dict[str, Value]]", values),
+    )
+
+
+def _check_part(path: Path, part: str, values: object, hint: str) -> None:
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise RecipeError(f"{path}: {part} must be a mapping of upstream's keys.", hint)
+    for key, value in values.items():
+        if isinstance(value, dict):
+            raise RecipeError(f"{path}: {part}: write {key}.{next(iter(value), 'KEY')}: … instead of a mapping.", hint)
+        if not isinstance(value, str | int | float | list | None):
+            raise RecipeError(f"{path}: {part}: {key} must be a plain value, not {value!r}.", hint)
+
+
+def resolve(name: StageName, recipe: Recipe, flags: Flags, override_texts: Sequence[str]) -> Stage:
+    """Bring recipe, flags and overrides together.
+
+    Raises UsageError for what contradicts itself or is missing, DataError for data that is not there.
+    """
+    overrides = parse_overrides(override_texts)
+    given = {key: value for key, value in flags.values.items() if value is not None}
+    overridden = {override.key for override in overrides}
+    values = {k: v for k, v in {**recipe.values[name], **given}.items() if k not in overridden}
+    data, data_revision = resolve_data(recipe, flags)
+    stage = Stage(name, recipe.source, values, frozenset(given), overrides, data, data_revision)
+    _check(stage)
+    return stage.with_values({"model.name_or_path": _absolute_if_local(stage.model)})
+
+
+def resolve_data(recipe: Recipe, flags: Flags) -> tuple[str, str | None]:
+    """Where the rows come from: the flag, the environment, the recipe, the hub's PKU-SafeRLHF, in this order."""
+    environment = os.environ.get("SAFERLHF_DATASET"), os.environ.get("SAFERLHF_REVISION")
+    if flags.data:
+        data, revision = flags.data, flags.data_revision
+    elif environment[0]:
+        data, revision = environment[0], flags.data_revision or environment[1]
+    else:
+        data, revision = recipe.data or HUB_DATASET, flags.data_revision or environment[1] or recipe.data_revision
+    if Path(data).expanduser().exists():
+        if flags.data_revision:
+            raise UsageError(f"--data-revision picks a revision on the hub, but {data} is a local path.")
+        return str(Path(data).expanduser().resolve()), None
+    if not _HUB_NAME.fullmatch(data) or data.startswith(".") or data.lower().endswith(_FILE_ENDINGS):
+        raise DataError(
+            f"There is no file or folder {data}.",
+            "--data takes a path, or the name of a dataset on the hub (ORG/NAME).",
+        )
+    return data, revision
+
+
+def _check(stage: Stage) -> None:
+    if not stage.get("model.name_or_path"):
+        raise UsageError(f"The recipe {stage.recipe} names no model.", "Give --model NAME_OR_PATH.")
+    if stage.get("loss") not in (stage.name, None):
+        raise UsageError(f"`ambersafe {stage.name}` trains with loss={stage.name}, not loss={stage.get('loss')}.")
+    if stage.name == "dpo" and stage.get("loss.beta") is None:
+        raise UsageError(f"The recipe {stage.recipe} has no loss.beta.", "Give --beta, e.g. --beta 0.1.")
+    longest, prompt = stage.get("max_length"), stage.get("max_prompt_length")
+    if isinstance(longest, int) and isinstance(prompt, int) and longest <= prompt:
+        raise UsageError(
+            f"max_length is {longest}, and max_prompt_length {prompt} of it: nothing is left for a response.",
+            f"Add max_prompt_length={longest // 2} behind the flags.",
+        )
+    exp_name = stage.get("exp_name")
+    if not isinstance(exp_name, str) or not exp_name.strip(".") or "/" in exp_name or "\0" in exp_name:
+        raise UsageError(f"exp_name names a folder, it cannot be {exp_name!r}.", "Give --exp-name NAME.")
+
+
+def _absolute_if_local(model: str) -> str:
+    """A local model by its absolute path, so that a run's record holds wherever it is read."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return str(path.resolve())
+    if model.startswith(("/", "./", "../", "~")):
+        raise UsageError(f"There is no model folder {model}.", "--model takes a folder, or a name on the hub.")
+    return model
