@@ -16,7 +16,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     add_completion=False,
-    no_args_is_help=True,
 )
 
 
@@ -57,7 +56,7 @@ Nproc = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the command, start nothing.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Anything else of upstream's config, as Hydra takes it."),
+    typer.Argument(metavar="KEY=VALUE", help="Anything else of upstream's config, as Hydra takes it."),
 ]
 DEFAULT_CLONE = Path("direct-preference-optimization")
 
@@ -207,7 +206,7 @@ def demo(folder: Clone = DEFAULT_CLONE, repo: Repo = None, python: Python = sys.
 
 def main() -> None:
     """The entry point: one clear message and an exit status of its own for everything that goes wrong."""
-    arguments = sys.argv[1:]
+    arguments = sys.argv[1:] or ["--help"]
     debug = "--debug" in arguments
     try:
         status = app([a for a in arguments if a != "--debug"], prog_name="ambersafe", standalone_mode=False)

@@ -27,7 +27,7 @@ SECONDS_TO_STOP = 20.0
 """How long train.py may take to end after it was asked to, before it is killed."""
 
 _MARK = "AMBERSAFE_RUN"
-_TORCHRUN_PATCH = "Join the process group that torchrun made"
+TORCHRUN_PATCH = "Join the process group that torchrun made"
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def plan(
 ) -> Launch:
     """Fit a stage to the clone and the machine, and write its command. Raises UsageError for what cannot be had."""
     notes: list[str] = []
-    can_torchrun = any(p.patch.subject == _TORCHRUN_PATCH and p.state != "missing" for p in clone.patches)
+    can_torchrun = any(p.patch.subject == TORCHRUN_PATCH and p.state != "missing" for p in clone.patches)
     if processes is not None and not can_torchrun:
         raise UsageError(
             "--nproc needs the patch that lets train.py join torchrun's processes.", "Apply it: `ambersafe setup`."
@@ -226,3 +226,6 @@ def _pump(source: IO[bytes], target: IO[str], write_log: Callable[[bytes], None]
             write_log(b"\n".join(lines) + b"\n")
     if rest:
         write_log(rest + b"\n")
+        if shows:
+            with contextlib.suppress(OSError, ValueError):
+                print(file=target, flush=True)  # what we say next begins a line of its own

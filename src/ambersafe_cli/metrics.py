@@ -44,8 +44,9 @@ def parse_line(line: str) -> Record | None:
     if not match:
         return None
     try:
-        values = {str(key): float(value) for key, value in ast.literal_eval(match["values"]).items()}
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        printed = ast.literal_eval(match["values"])
+        values = {str(key): float(value) for key, value in printed.items()}
+    except (ValueError, SyntaxError, TypeError, AttributeError, MemoryError, RecursionError):
         return None
     return Record("eval" if match["kind"] == "eval" else "train", int(match["examples"]), values)
 

@@ -4,6 +4,7 @@
 environment has, keeps to functions whose names say saferlhf, and explains itself to a reader there.
 """
 
+import glob
 import hashlib
 import os
 import re
@@ -39,10 +40,12 @@ def open_saferlhf(source: str, revision: str | None, cache_dir: str | None) -> d
         ending = os.path.splitext(source)[1].lower()
         if ending not in SAFERLHF_FILES:
             raise ValueError(f"{source}: a data file ends in {', '.join(SAFERLHF_FILES)}, not in '{ending}'")
-        return dict(datasets.load_dataset(SAFERLHF_FILES[ending], data_files=source, cache_dir=cache_dir))
+        return dict(datasets.load_dataset(SAFERLHF_FILES[ending], data_files=glob.escape(source), cache_dir=cache_dir))
     if {"dataset_dict.json", "state.json"} & set(os.listdir(source)):
         saved = datasets.load_from_disk(source)
         return dict(saved) if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+    if "[" in source:
+        raise ValueError(f"{source}: `datasets` takes the [ for a pattern; rename the folder")
     return dict(datasets.load_dataset(source, cache_dir=cache_dir))
 
 

@@ -1,0 +1,137 @@
+"""What the tests share: the command, small repositories in upstream's place, and the real upstream where it answers."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from ambersafe_cli import patches, upstream
+
+ROOT = Path(__file__).resolve().parent.parent
+FAKE_TRAIN = Path(__file__).with_name("fake_train.py")
+
+Ambersafe = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def caches_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep the user's Hugging Face cache out of the tests, and the network, on which none of them may depend."""
+    os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf_home"))
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    for variable in ("AMBERSAFE_UPSTREAM_DIR", "SAFERLHF_DATASET", "SAFERLHF_REVISION", "CUDA_VISIBLE_DEVICES"):
+        os.environ.pop(variable, None)
+
+
+@pytest.fixture
+def ambersafe(tmp_path: Path) -> Ambersafe:
+    """Run the command in a working folder of its own, `tmp_path / "work"`, and return what it printed."""
+    work = tmp_path / "work"
+    work.mkdir()
+    return lambda *arguments, **options: run_ambersafe(*arguments, **{"cwd": work, **options})
+
+
+def run_ambersafe(
+    *arguments: object, cwd: Path, env: dict[str, str] | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ambersafe_cli", *map(str, arguments)]
+    environment = {**os.environ, **(env or {})}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, timeout=timeout)
+    # Not text=True, which would make a line feed of every carriage return.
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def git(folder: Path, *arguments: str) -> str:
+    """Run git in a folder with an identity, and return what it printed."""
+    identity = ["-c", "user.name=Someone", "-c", "user.email=someone@example.org", "-c", "commit.gpgSign=false"]
+    command = ["git", "-C", str(folder), *identity, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def make_repository(folder: Path, files: dict[str, str]) -> str:
+    """Make a git repository with one commit of these files, and return its id."""
+    folder.mkdir(parents=True)
+    git(folder, "init", "--quiet", "--initial-branch=main")
+    return commit(folder, files, "Initial commit")
+
+
+def commit(folder: Path, files: dict[str, str], message: str) -> str:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--message", message)
+    return git(folder, "rev-parse", "HEAD")
+
+
+def make_series(repository: Path, base: str, folder: Path) -> tuple[patches.Patch, ...]:
+    """Export the commits base..HEAD of a repository as a series that `patches.read_series` reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = git(repository, "format-patch", "--zero-commit", "--no-signature", "-o", str(folder), f"{base}..HEAD").split()
+    commits = git(repository, "rev-list", "--reverse", f"{base}..HEAD").split()
+    lines = [f"{Path(name).name} {each}" for name, each in zip(names, commits, strict=True)]
+    (folder / "series").write_text("\n".join(lines) + "\n")
+    return patches.read_series(folder)
+
+
+@pytest.fixture
+def fake_clone(tmp_path: Path) -> Path:
+    """A clone whose train.py is tests/fake_train.py, and which has commits by the names of all our patches."""
+    folder = tmp_path / "work" / "direct-preference-optimization"
+    base = make_repository(folder, {"train.py": "print('not patched')\n"})
+    for number, patch in enumerate(patches.read_series()):
+        commit(folder, {"train.py": FAKE_TRAIN.read_text() + f"# {number}\n"}, patch.subject)
+    git(folder, "update-ref", upstream.BASE_REF, base)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's training rows, as a file without a test split."""
+    return ROOT / "src/ambersafe_cli/demo_data/train.jsonl"
+
+
+_WHY_NO_UPSTREAM: list[str] = []
+
+
+@pytest.fixture(scope="session")
+def upstream_url() -> str:
+    """Upstream's public URL. Where it cannot be reached the test is skipped, or fails if that was asked for."""
+    asked = ["git", "ls-remote", upstream.UPSTREAM_URL, "HEAD"]
+    environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
+    try:
+        answer = subprocess.run(asked, capture_output=True, text=True, timeout=30, env=environment)
+        why = "" if answer.returncode == 0 else answer.stderr.strip()
+    except (OSError, subprocess.TimeoutExpired) as error:
+        why = str(error)
+    if why and os.environ.get("AMBERSAFE_REQUIRE_UPSTREAM") == "1":
+        pytest.fail(f"AMBERSAFE_REQUIRE_UPSTREAM=1, but {upstream.UPSTREAM_URL} cannot be reached: {why}")
+    if why:
+        _WHY_NO_UPSTREAM.append(why)
+        pytest.skip(f"{upstream.UPSTREAM_URL} cannot be reached: {why}")
+    return upstream.UPSTREAM_URL
+
+
+@pytest.fixture(scope="session")
+def patched(upstream_url: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real upstream, as `ambersafe setup` makes it."""
+    folder = tmp_path_factory.mktemp("patched")
+    done = run_ambersafe("setup", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "direct-preference-optimization"
+
+
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """A test that needs the real upstream says so by its fixtures; the mark follows from that."""
+    for item in items:
+        if {"upstream_url", "patched"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.upstream)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _WHY_NO_UPSTREAM:
+        skipped = [r for r in terminalreporter.getreports("skipped") if "cannot be reached" in str(r.longrepr)]
+        terminalreporter.write_sep("!", f"{len(skipped)} TESTS AGAINST THE REAL UPSTREAM WERE SKIPPED", red=True)
+        terminalreporter.write_line(f"{upstream.UPSTREAM_URL} cannot be reached: {_WHY_NO_UPSTREAM[0]}")

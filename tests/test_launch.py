@@ -1,0 +1,326 @@
+"""`sft` and `dpo` as a user runs them, with tests/fake_train.py in the place of upstream's train.py."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ambersafe_cli import patches, upstream
+
+from conftest import Ambersafe, commit, git, make_repository
+
+AWKWARD = "a b=c, 'd' \"e\" {f} [g] é:漢"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / f"model {AWKWARD}"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / f"rows {AWKWARD}.jsonl"
+    path.write_text("{}")
+    return path
+
+
+def runs_of(fake_clone: Path) -> list[Path]:
+    return sorted((fake_clone.parent / ".cache").glob("*/*/"), key=lambda path: path.stat().st_ctime)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def test_a_run_leaves_its_folder_complete_and_nothing_else(
+    ambersafe: Ambersafe, fake_clone: Path, model: Path, data: Path
+) -> None:
+    done = ambersafe("sft", "--model", model, "--data", data, "--lr", "1e-3", "warmup_steps=5")
+    assert done.returncode == 0, done.stderr
+    (run,) = runs_of(fake_clone)
+    assert {path.name for path in fake_clone.parent.iterdir()} == {".cache", fake_clone.name}
+    assert {path.name for path in run.iterdir()} == {"run.json", "train.log", "called.json", "LATEST"}
+
+    called = read_json(run / "called.json")
+    assert called["config"]["model.name_or_path"] == str(model)
+    assert called["config"]["local_run_dir"] == str(run)
+    assert called["config"]["lr"] == 1e-3
+    assert called["config"]["warmup_steps"] == 5
+    assert called["config"]["hydra.run.dir"] == str(run / "hydra")
+    assert called["environment"]["SAFERLHF_DATASET"] == str(data)
+    assert not called["environment"]["SAFERLHF_REVISION"]
+
+    record = read_json(run / "run.json")
+    assert (record["schema"], record["stage"], record["status"], record["exit_status"]) == (1, "sft", "finished", 0)
+    assert record["model"] == {"name": str(model), "revision": None, "commit": "a" * 40}
+    assert record["data"] == {"name": str(data), "revision": None, "commit": "b" * 40}
+    assert record["upstream"]["head"] == git(fake_clone, "rev-parse", "HEAD")
+    assert record["upstream"]["patches"] == {patch.name: "altered" for patch in patches.read_series()}
+    assert record["recipe"]["source"] == "ambersafe"
+    assert record["values"]["lr"] == 1e-3
+    assert record["overrides"] == ["warmup_steps=5"]
+    assert record["started"] < record["ended"]
+
+
+def test_output_of_train_py_goes_through_unchanged_and_into_the_log(
+    ambersafe: Ambersafe, fake_clone: Path, model: Path
+) -> None:
+    done = ambersafe("sft", "--model", model)
+    (run,) = runs_of(fake_clone)
+    assert "eval after 0: {'loss/eval': '2.5'}\ntrain stats after 16" in done.stdout
+    assert "a bar\rthe same bar" in done.stderr
+    log = (run / "train.log").read_bytes().decode().split("\n")
+    assert "eval after 16: {'loss/eval': '1.25'}" in log
+    assert "a bar\rthe same bar" in log
+    assert "held out, after 16 examples: loss 1.25" in done.stderr
+
+
+def test_the_end_of_sft_names_the_checkpoint_and_a_dpo_command_that_works(
+    ambersafe: Ambersafe, fake_clone: Path, model: Path, data: Path
+) -> None:
+    done = ambersafe("sft", "--model", model, "--data", data, "--recipe", "tiny")
+    (sft_run,) = runs_of(fake_clone)
+    assert f"checkpoint: {sft_run / 'LATEST' / 'policy.pt'}" in done.stderr
+    command = done.stderr.partition("next: ambersafe ")[2].splitlines()[0]
+    then = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -m ambersafe_cli {command}"],
+        cwd=fake_clone.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert then.returncode == 0, then.stderr
+    called = read_json(runs_of(fake_clone)[-1] / "called.json")
+    assert called["config"]["model.archive"] == str(sft_run / "LATEST" / "policy.pt")
+    assert called["config"]["loss"] == "dpo"
+    assert called["environment"]["SAFERLHF_DATASET"] == str(data)
+
+
+def test_dpo_takes_the_newest_finished_sft_run_of_the_same_model_and_names_it(
+    ambersafe: Ambersafe, fake_clone: Path, model: Path, tmp_path: Path
+) -> None:
+    for name in ("older", "newer"):
+        assert ambersafe("sft", "--model", model, "--exp-name", name).returncode == 0
+    (tmp_path / "other").mkdir()
+    assert ambersafe("sft", "--model", tmp_path / "other", "--exp-name", "of_another_model").returncode == 0
+    assert ambersafe("sft", "--model", model, "--exp-name", "crashed", env={"FAKE": "crash"}).returncode == 3
+    newer = next(path for path in runs_of(fake_clone) if path.name.startswith("newer"))
+
+    done = ambersafe("dpo", "--model", model, "--beta", "0.25", "--exp-name", "d")
+    assert done.returncode == 0, done.stderr
+    assert f"from the newest SFT run of this model: {newer}" in done.stderr
+    run = next(path for path in runs_of(fake_clone) if path.name.startswith("d_"))
+    called = read_json(run / "called.json")["config"]
+    assert called["model.archive"] == str(newer / "LATEST" / "policy.pt")
+    assert called["loss.beta"] == 0.25
+    assert read_json(run / "run.json")["sft_run"] == str(newer)
+
+
+def test_dpo_without_an_sft_run_is_an_error(ambersafe: Ambersafe, fake_clone: Path, model: Path) -> None:
+    done = ambersafe("dpo", "--model", model)
+    assert done.returncode == 66
+    assert "ambersafe sft" in done.stderr
+    assert not runs_of(fake_clone)
+
+
+def test_archive_takes_a_file_or_a_run_folder(
+    ambersafe: Ambersafe, fake_clone: Path, model: Path, tmp_path: Path
+) -> None:
+    archive = tmp_path / AWKWARD.replace("/", "") / "LATEST" / "policy.pt"
+    archive.parent.mkdir(parents=True)
+    archive.touch()
+    for given in (archive, archive.parent.parent):
+        done = ambersafe("dpo", "--model", model, "--archive", given)
+        assert done.returncode == 0, done.stderr
+        assert read_json(runs_of(fake_clone)[-1] / "called.json")["config"]["model.archive"] == str(archive)
+    done = ambersafe("dpo", "--model", model, "--archive", tmp_path / "no.pt")
+    assert done.returncode == 66
+    assert str(tmp_path / "no.pt") in done.stderr
+
+
+def test_ipo_and_label_smoothing_arrive(ambersafe: Ambersafe, fake_clone: Path, model: Path, tmp_path: Path) -> None:
+    archive = tmp_path / "policy.pt"
+    archive.touch()
+    done = ambersafe("dpo", "--model", model, "--archive", archive, "--loss", "ipo", "--label-smoothing", "0.1")
+    assert done.returncode == 0, done.stderr
+    called = read_json(runs_of(fake_clone)[-1] / "called.json")["config"]
+    assert (called["loss"], called["loss.name"], called["loss.label_smoothing"]) == ("dpo", "ipo", 0.1)
+
+
+def test_without_gpus_fsdp_becomes_basic_trainer_and_it_is_said(
+    ambersafe: Ambersafe, fake_clone: Path, model: Path
+) -> None:
+    for overrides in ((), ("trainer=FSDPTrainer",)):
+        done = ambersafe("sft", "--model", model, *overrides)
+        assert done.returncode == 0
+        assert "BasicTrainer, on the CPU" in done.stderr
+        assert read_json(runs_of(fake_clone)[-1] / "called.json")["config"]["trainer"] == "BasicTrainer"
+
+
+@pytest.mark.slow
+def test_nproc_starts_that_many_processes_through_torchrun(
+    ambersafe: Ambersafe, fake_clone: Path, model: Path
+) -> None:
+    done = ambersafe("sft", "--model", model, "--nproc", "1", "--bf16", "--recipe", "tiny")
+    assert done.returncode == 0, done.stderr
+    assert "--nproc: FSDPTrainer in place of the recipe's BasicTrainer" in done.stderr
+    called = read_json(runs_of(fake_clone)[-1] / "called.json")
+    assert called["environment"]["WORLD_SIZE"] == "1"
+    assert called["config"]["trainer"] == "FSDPTrainer"
+    assert called["config"]["model.fsdp_policy_mp"] == "bfloat16"
+    assert "model.policy_dtype" not in called["config"]
+
+
+def test_gpus_that_the_driver_lists_make_one_process_each(
+    ambersafe: Ambersafe, fake_clone: Path, model: Path, tmp_path: Path
+) -> None:
+    """With a torch that is built for CUDA, and an nvidia-smi, that are both pretended."""
+    site, tools = tmp_path / "site", tmp_path / "bin"
+    (site / "torch").mkdir(parents=True)
+    (site / "torch" / "__init__.py").touch()
+    (site / "torch" / "version.py").write_text("cuda: Optional[str] = '12.8'\nhip: Optional[str] = None\n")
+    tools.mkdir()
+    listed = "".join(f"echo 'GPU {n}: NVIDIA H100 80GB HBM3 (UUID: GPU-{n})'\n" for n in range(4))
+    (tools / "nvidia-smi").write_text(f"#!/bin/sh\n{listed}")
+    (tools / "nvidia-smi").chmod(0o755)
+    pretended = {"PYTHONPATH": str(site), "PATH": f"{tools}:{os.environ['PATH']}"}
+    for visible, count in ((None, 4), ("0,2", 2), ("1,9,0", 1)):
+        env = pretended | ({"CUDA_VISIBLE_DEVICES": visible} if visible else {})
+        done = ambersafe("sft", "--model", model, "--dry-run", env=env)
+        assert f"-m torch.distributed.run --standalone --nproc-per-node {count} " in done.stdout
+        assert "trainer=FSDPTrainer" in done.stdout
+    done = ambersafe("sft", "--model", model, "--dry-run", env=pretended | {"CUDA_VISIBLE_DEVICES": ""})
+    assert "trainer=BasicTrainer" in done.stdout
+    done = ambersafe("sft", "--model", model, "--nproc", "5", env=pretended)
+    assert done.returncode == 64
+    assert "there are 4" in done.stderr
+
+
+def test_dry_run_prints_a_command_for_a_shell_and_starts_nothing(
+    ambersafe: Ambersafe, fake_clone: Path, model: Path, data: Path
+) -> None:
+    done = ambersafe("sft", "--model", model, "--data", data, "--dry-run", f"+note='{AWKWARD.replace(chr(39), '')}'")
+    assert done.returncode == 0, done.stderr
+    assert not (fake_clone.parent / ".cache").exists()
+    pasted = subprocess.run(["bash", "-c", done.stdout], cwd=fake_clone.parent, capture_output=True, text=True)
+    assert pasted.returncode == 0, pasted.stderr
+    called = read_json(runs_of(fake_clone)[-1] / "called.json")
+    assert called["config"]["model.name_or_path"] == str(model)
+    assert called["config"]["note"] == AWKWARD.replace("'", "")
+    assert called["environment"]["SAFERLHF_DATASET"] == str(data)
+
+
+@pytest.mark.parametrize(("fake", "status"), [("crash", 3), ("die", 128 + signal.SIGSEGV)])
+def test_the_exit_status_is_the_childs_and_the_run_has_failed(
+    ambersafe: Ambersafe, fake_clone: Path, model: Path, fake: str, status: int
+) -> None:
+    done = ambersafe("sft", "--model", model, env={"FAKE": fake})
+    assert done.returncode == status
+    (run,) = runs_of(fake_clone)
+    record = read_json(run / "run.json")
+    assert (record["status"], record["exit_status"]) == ("failed", status)
+    assert str(run / "train.log") in done.stderr
+    if fake == "crash":
+        assert "the reason of the crash" in (run / "train.log").read_text()
+
+
+def test_a_run_that_leaves_no_checkpoint_has_failed_whatever_train_py_says(
+    ambersafe: Ambersafe, fake_clone: Path, model: Path
+) -> None:
+    done = ambersafe("sft", "--model", model, env={"FAKE": "nothing"})
+    assert done.returncode == 75
+    assert "left no" in done.stderr
+    assert read_json(runs_of(fake_clone)[0] / "run.json")["status"] == "failed"
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(("number", "times"), [(signal.SIGINT, 1), (signal.SIGTERM, 2), (signal.SIGHUP, 2)])
+def test_a_signal_stops_train_py_and_its_workers_and_leaves_none(
+    fake_clone: Path, model: Path, number: signal.Signals, times: int
+) -> None:
+    command = [sys.executable, "-m", "ambersafe_cli", "sft", "--model", str(model)]
+    child = subprocess.Popen(
+        command, cwd=fake_clone.parent, env={**os.environ, "FAKE": "hang"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert child.stdout
+    line = next(line for line in child.stdout if line.startswith(b"started"))
+    worker = int(line.split()[1])
+    assert is_running(worker)
+    for _ in range(times):
+        child.send_signal(number)
+        time.sleep(0.5)
+    assert child.wait(timeout=30) == 128 + number
+    (run,) = runs_of(fake_clone)
+    assert read_json(run / "run.json")["status"] == "interrupted"
+    assert not is_running(worker)
+    left = [path for path in Path("/proc").glob("[0-9]*/environ") if str(run).encode() in read_environment(path)]
+    assert not left
+
+
+def read_environment(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def test_a_key_whose_patch_is_missing_is_left_away_or_refused(
+    ambersafe: Ambersafe, tmp_path: Path, model: Path
+) -> None:
+    """With a clone as `setup --minimal` makes it, except for its train.py."""
+    clone = tmp_path / "minimal"
+    base = make_repository(clone, {"train.py": "print('not patched')\n"})
+    fake = Path(__file__).with_name("fake_train.py").read_text()
+    commit(clone, {"train.py": fake}, patches.read_series()[0].subject)
+    git(clone, "update-ref", upstream.BASE_REF, base)
+    given = ("sft", "--model", model, "--dir", clone)
+    done = ambersafe(*given)
+    assert done.returncode == 0, done.stderr
+    assert "do_final_eval is left away" in done.stderr
+    (run,) = (tmp_path / "work/.cache").glob("*/*/")
+    assert "do_final_eval" not in read_json(run / "called.json")["config"]
+    for flags, name in ((("--model-revision", "v1"), "model.revision"), (("--nproc", "1"), "--nproc")):
+        refused = ambersafe(*given, *flags)
+        assert refused.returncode == 64
+        assert name in refused.stderr
+        assert "ambersafe setup" in refused.stderr
+
+
+def test_local_run_dir_of_the_users_is_the_run_folder_unless_it_holds_something(
+    ambersafe: Ambersafe, fake_clone: Path, model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / f"run {AWKWARD.replace(chr(39), '')}"
+    given = ("sft", "--model", model, f"local_run_dir='{folder}'")
+    assert ambersafe(*given).returncode == 0
+    assert (folder / "LATEST" / "policy.pt").is_file()
+    before = (folder / "run.json").read_bytes()
+    again = ambersafe(*given)
+    assert again.returncode == 64
+    assert "is not empty" in again.stderr
+    assert (folder / "run.json").read_bytes() == before
+
+
+def test_a_user_without_a_name_gets_one(ambersafe: Ambersafe, fake_clone: Path, model: Path, tmp_path: Path) -> None:
+    """As in a container that runs under a number that it has no passwd entry for."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import pwd\ndef getpwuid(uid): raise KeyError(f'getpwuid(): uid not found: {uid}')\npwd.getpwuid = getpwuid\n"
+    )
+    nameless = {name: "" for name in ("LOGNAME", "USER", "LNAME", "USERNAME")} | {"PYTHONPATH": str(tmp_path)}
+    done = ambersafe("sft", "--model", model, env=nameless)
+    assert done.returncode == 0, done.stderr
+    (run,) = runs_of(fake_clone)
+    assert run.parent.name == f"uid-{os.getuid()}"
+    assert read_json(run / "called.json")["environment"]["LOGNAME"] == run.parent.name

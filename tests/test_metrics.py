@@ -1,0 +1,82 @@
+"""Reading the lines that train.py prints."""
+
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ambersafe_cli import metrics
+
+TRAIN_LINE = (
+    "train stats after 32 examples: {'rewards_train/accuracies': '0.5', 'loss/train': '0.69315', "
+    "'grad_norm': '23.1', 'counters/examples': 32, 'counters/updates': 1}"
+)
+
+
+def test_train_stats_become_numbers() -> None:
+    record = metrics.parse_line(TRAIN_LINE)
+    assert record is not None
+    assert (record.kind, record.examples) == ("train", 32)
+    assert record.values == {
+        "rewards_train/accuracies": 0.5,
+        "loss/train": 0.69315,
+        "grad_norm": 23.1,
+        "counters/examples": 32,
+        "counters/updates": 1,
+    }
+
+
+def test_an_evaluation_is_told_from_a_training_step() -> None:
+    record = metrics.parse_line("eval after 0: {'loss/eval': 'nan', 'logps_eval/chosen': '-1e+03'}")
+    assert record is not None
+    assert (record.kind, record.examples) == ("eval", 0)
+    assert str(record.values["loss/eval"]) == "nan"
+    assert record.values["logps_eval/chosen"] == -1000
+
+
+@given(
+    st.dictionaries(st.text(), st.floats(allow_nan=False), max_size=5),
+    st.integers(0, 10**9),
+    st.text(st.characters(exclude_characters="\n")),
+)
+def test_whatever_upstream_formats_is_read_back_to_its_five_digits(
+    values: dict[str, float], examples: int, before: str
+) -> None:
+    printed = {key: f"{value:.5g}" for key, value in values.items()}
+    record = metrics.parse_line(f"{before}train stats after {examples} examples: {printed}")
+    if "train stats after" not in before and "eval after" not in before:
+        assert record is not None
+        assert record.values == {key: float(text) for key, text in printed.items()}
+        assert record.examples == examples
+
+
+@given(st.text() | st.text().map(lambda text: f"eval after 3: {{{text}}}"))
+def test_no_line_is_fatal(line: str) -> None:
+    record = metrics.parse_line(line)
+    assert record is None or record.kind in ("train", "eval")
+
+
+def test_other_lines_are_no_records() -> None:
+    for line in ("skipping logging after 32 examples to avoid logging too frequently", "", TRAIN_LINE[:60]):
+        assert metrics.parse_line(line) is None
+
+
+def test_a_log_gives_records_in_order_and_resolved_commits(tmp_path: Path) -> None:
+    log = tmp_path / "train.log"
+    lines = [
+        b"\xff not UTF-8",
+        b"resolved model a b to revision " + b"1" * 40,
+        b"resolved dataset d to revision " + b"2" * 40,
+        b"eval after 0: {'loss/eval': '2'}",
+        b"Computing:  50%|     |\rComputing: 100%| eval after 16: {'loss/eval': '1'}",
+        TRAIN_LINE.encode(),
+    ]
+    log.write_bytes(b"\n".join(lines))
+    read = metrics.read_log(log)
+    assert [record.values["loss/eval"] for record in read.evaluations()] == [2, 1]
+    assert len(read.records) == 3
+    assert (read.model_commit, read.data_commit) == ("1" * 40, "2" * 40)
+
+
+def test_a_log_that_is_not_there_is_empty(tmp_path: Path) -> None:
+    assert metrics.read_log(tmp_path / "train.log").records == ()
