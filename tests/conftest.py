@@ -1,6 +1,7 @@
 """What the tests share: the command, small repositories in upstream's place, and the real upstream where it answers."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -17,8 +18,10 @@ Ambersafe = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def caches_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+def surroundings_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep the user's Hugging Face cache out of the tests, and the network, on which none of them may depend."""
+    # In the background of a shell Ctrl-C is ignored, and a child would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf_home"))
     os.environ["HF_HUB_OFFLINE"] = "1"
     for variable in ("AMBERSAFE_UPSTREAM_DIR", "SAFERLHF_DATASET", "SAFERLHF_REVISION", "CUDA_VISIBLE_DEVICES"):
@@ -69,7 +72,9 @@ def commit(folder: Path, files: dict[str, str], message: str) -> str:
 def make_series(repository: Path, base: str, folder: Path) -> tuple[patches.Patch, ...]:
     """Export the commits base..HEAD of a repository as a series that `patches.read_series` reads."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = git(repository, "format-patch", "--zero-commit", "--no-signature", "-o", str(folder), f"{base}..HEAD").split()
+    names = git(
+        repository, "format-patch", "--zero-commit", "--no-signature", "-o", str(folder), f"{base}..HEAD"
+    ).split()
     commits = git(repository, "rev-list", "--reverse", f"{base}..HEAD").split()
     lines = [f"{Path(name).name} {each}" for name, each in zip(names, commits, strict=True)]
     (folder / "series").write_text("\n".join(lines) + "\n")

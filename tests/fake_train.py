@@ -1,4 +1,4 @@
-"""Stands in for upstream's train.py in tests of the launcher: it writes down how it was called, and does what FAKE says."""
+"""Stands in for upstream's train.py in tests of the launcher: notes how it was called, and does what FAKE says."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -16,16 +17,18 @@ def read(overrides):
 
 
 def save(run_folder):
-    os.makedirs(os.path.join(run_folder, "LATEST"))
-    with open(os.path.join(run_folder, "LATEST", "policy.pt"), "w") as file:
-        file.write("weights")
+    (run_folder / "LATEST").mkdir()
+    (run_folder / "LATEST" / "policy.pt").write_text("weights")
 
 
 config = read(sys.argv[1:])
-config = {key: value if isinstance(value, (int, float, list)) or value is None else str(value) for key, value in config.items()}
-with open(os.path.join(config["local_run_dir"], "called.json"), "w") as file:
-    names = ("SAFERLHF_DATASET", "SAFERLHF_REVISION", "LOGNAME", "WORLD_SIZE")
-    json.dump({"config": config, "environment": {n: os.environ.get(n) for n in names}}, file)
+config = {
+    key: value if isinstance(value, (int, float, list)) or value is None else str(value)
+    for key, value in config.items()
+}
+run_folder = Path(config["local_run_dir"])
+environment = {n: os.environ.get(n) for n in ("SAFERLHF_DATASET", "SAFERLHF_REVISION", "LOGNAME", "WORLD_SIZE")}
+(run_folder / "called.json").write_text(json.dumps({"config": config, "environment": environment}))
 
 match os.environ.get("FAKE", "train"):
     case "train":
@@ -35,7 +38,7 @@ match os.environ.get("FAKE", "train"):
         print("train stats after 16 examples: {'loss/train': '2', 'examples_per_second': '3.5'}")
         print("a bar\rthe same bar", end="", file=sys.stderr)
         print("eval after 16: {'loss/eval': '1.25'}")
-        save(config["local_run_dir"])
+        save(run_folder)
     case "crash":
         print("the reason of the crash", file=sys.stderr)
         sys.exit(3)
@@ -46,7 +49,11 @@ match os.environ.get("FAKE", "train"):
     case "hang":
         # A worker in a session of its own, as torchrun starts them, and both of them deaf to SIGTERM.
         worker = subprocess.Popen(
-            [sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"],
+            [
+                sys.executable,
+                "-c",
+                "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)",
+            ],
             start_new_session=True,
         )
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

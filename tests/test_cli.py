@@ -6,10 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import Ambersafe, make_repository
 
 from ambersafe_cli import __version__
-
-from conftest import Ambersafe, make_repository
 
 COMMANDS = ("setup", "sft", "dpo", "data", "status", "recipes", "demo")
 HEAVY = {"torch", "transformers", "datasets", "git", "numpy", "pyarrow", "pandas", "hydra", "omegaconf", "wandb"}
@@ -84,6 +83,12 @@ def test_debug_shows_a_traceback_wherever_it_stands(ambersafe: Ambersafe) -> Non
         done = ambersafe(*arguments)
         assert done.returncode == 71
         assert "Traceback" in done.stderr
+
+
+def test_a_reader_that_has_seen_enough_is_no_error_to_tell(tmp_path: Path) -> None:
+    command = f"set -o pipefail; {sys.executable} -m ambersafe_cli recipes --json | true; echo $?"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stderr == ""
 
 
 def test_a_defect_of_our_own_is_told_apart(ambersafe: Ambersafe, tmp_path: Path) -> None:

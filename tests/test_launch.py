@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Ambersafe, commit, git, make_repository
 
 from ambersafe_cli import patches, upstream
-
-from conftest import Ambersafe, commit, git, make_repository
 
 AWKWARD = "a b=c, 'd' \"e\" {f} [g] é:漢"
 
@@ -165,9 +164,7 @@ def test_without_gpus_fsdp_becomes_basic_trainer_and_it_is_said(
 
 
 @pytest.mark.slow
-def test_nproc_starts_that_many_processes_through_torchrun(
-    ambersafe: Ambersafe, fake_clone: Path, model: Path
-) -> None:
+def test_nproc_starts_that_many_processes_through_torchrun(ambersafe: Ambersafe, fake_clone: Path, model: Path) -> None:
     done = ambersafe("sft", "--model", model, "--nproc", "1", "--bf16", "--recipe", "tiny")
     assert done.returncode == 0, done.stderr
     assert "--nproc: FSDPTrainer in place of the recipe's BasicTrainer" in done.stderr
@@ -253,7 +250,11 @@ def test_a_signal_stops_train_py_and_its_workers_and_leaves_none(
 ) -> None:
     command = [sys.executable, "-m", "ambersafe_cli", "sft", "--model", str(model)]
     child = subprocess.Popen(
-        command, cwd=fake_clone.parent, env={**os.environ, "FAKE": "hang"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command,
+        cwd=fake_clone.parent,
+        env={**os.environ, "FAKE": "hang"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     assert child.stdout
     line = next(line for line in child.stdout if line.startswith(b"started"))
@@ -318,7 +319,7 @@ def test_a_user_without_a_name_gets_one(ambersafe: Ambersafe, fake_clone: Path, 
     (tmp_path / "sitecustomize.py").write_text(
         "import pwd\ndef getpwuid(uid): raise KeyError(f'getpwuid(): uid not found: {uid}')\npwd.getpwuid = getpwuid\n"
     )
-    nameless = {name: "" for name in ("LOGNAME", "USER", "LNAME", "USERNAME")} | {"PYTHONPATH": str(tmp_path)}
+    nameless = dict.fromkeys(("LOGNAME", "USER", "LNAME", "USERNAME"), "") | {"PYTHONPATH": str(tmp_path)}
     done = ambersafe("sft", "--model", model, env=nameless)
     assert done.returncode == 0, done.stderr
     (run,) = runs_of(fake_clone)

@@ -58,7 +58,9 @@ def test_a_quoted_override_is_read_as_hydra_reads_it(text: str) -> None:
         assert parse_overrides([override])[0].value == hydra.parse_override(override).value()
 
 
-@pytest.mark.parametrize("written", ["5", "-3", "5e-7", "0.1", "1.5e5", "true", "abc", "a.b/c", "'a b'", '"x=y"', "2E3"])
+@pytest.mark.parametrize(
+    "written", ["5", "-3", "5e-7", "0.1", "1.5e5", "true", "abc", "a.b/c", "'a b'", '"x=y"', "2E3"]
+)
 def test_a_bare_override_is_read_as_hydra_reads_it(written: str) -> None:
     expected = hydra.parse_override(f"key={written}").value()
     found = parse_overrides([f"key={written}"])[0].value

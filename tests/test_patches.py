@@ -4,12 +4,11 @@ import runpy
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from ambersafe_cli import launch, patches, recipe, stages
 from ambersafe_cli.errors import PatchError
 from ambersafe_cli.patches import normal_diff, read_patch, read_series
-
-from conftest import ROOT
 
 
 def test_series_lists_every_patch_and_no_other() -> None:
@@ -50,7 +49,9 @@ def test_each_key_that_a_patch_adds_is_in_its_diff_and_none_is_forgotten() -> No
 def test_first_patch_is_what_the_exporter_makes_of_saferlhf_py() -> None:
     """Without upstream at hand: every line of the source, and nothing else but the branch, is added by the patch."""
     source = (ROOT / "src/ambersafe_cli/saferlhf.py").read_text()
-    added = [line[1:] for line in read_series()[0].diff.splitlines() if line.startswith("+") and not line.startswith("+++")]
+    added = [
+        line[1:] for line in read_series()[0].diff.splitlines() if line.startswith("+") and not line.startswith("+++")
+    ]
     code = source[source.index("SAFERLHF = ") :].splitlines()
     start = added.index(code[0])
     assert added[start : start + len(code)] == code
@@ -77,10 +78,12 @@ def test_normal_diff_forgets_where_a_change_is_and_nothing_else() -> None:
 
 def test_a_subject_over_two_lines_is_one(tmp_path: Path) -> None:
     path = tmp_path / "x.patch"
-    path.write_text("Subject: [PATCH] Join what\n belongs together\nConfig-key: no.key\n\nWhy.\nConfig-key: a.b\n\ndiff --git a/f b/f\n")
+    path.write_text(
+        "Subject: [PATCH] Join what\n belongs\n\nWhy.\nConfig-key: a.b\n\ndiff --git a/f b/f\n+Config-key: no\n"
+    )
     patch = read_patch(path, "0" * 40)
-    assert patch.subject == "Join what belongs together"
-    assert "a.b" in patch.config_keys
+    assert patch.subject == "Join what belongs"
+    assert patch.config_keys == ("a.b",)
 
 
 @pytest.mark.parametrize(

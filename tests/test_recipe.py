@@ -20,7 +20,13 @@ BOTH = {
     "trainer": "FSDPTrainer",
     "sample_during_eval": False,
 }
-SFT = {"loss": "sft", "exp_name": "saferlhf_sft_ambersafe", "batch_size": 64, "gradient_accumulation_steps": 2, "lr": 2e-7}
+SFT = {
+    "loss": "sft",
+    "exp_name": "saferlhf_sft_ambersafe",
+    "batch_size": 64,
+    "gradient_accumulation_steps": 2,
+    "lr": 2e-7,
+}
 DPO = {
     "loss": "dpo",
     "loss.beta": 0.1,
@@ -65,7 +71,9 @@ def test_a_value_set_later_wins_over_an_override() -> None:
     assert not stage.overrides
 
 
-def test_the_revision_of_the_recipe_does_not_stick_to_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_revision_of_the_recipe_does_not_stick_to_other_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert resolve(data="org/other").data_revision is None
     assert resolve(data=str(tmp_path)).data_revision is None
     monkeypatch.setenv("SAFERLHF_DATASET", "org/other")

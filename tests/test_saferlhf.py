@@ -61,7 +61,9 @@ def write_rows(path: Path, rows: list[Row]) -> Path:
 
 @given(st.lists(a_row, max_size=30), st.integers(1, 30))
 def test_dict_equals_the_definition(rows: list[Row], rows_a_chunk: int) -> None:
-    schema = pa.schema([(name, pa.string() if kind == "string" else pa.bool_()) for name, kind in saferlhf.SAFERLHF_COLUMNS.items()])
+    schema = pa.schema(
+        [(name, pa.string() if kind == "string" else pa.bool_()) for name, kind in saferlhf.SAFERLHF_COLUMNS.items()]
+    )
     chunks = [pa.Table.from_pylist(rows[i : i + rows_a_chunk], schema) for i in range(0, len(rows), rows_a_chunk)]
     table = pa.concat_tables([schema.empty_table(), *chunks])
     built, defined = saferlhf.group_saferlhf_pairs(table), row_by_row(rows)
@@ -69,7 +71,9 @@ def test_dict_equals_the_definition(rows: list[Row], rows_a_chunk: int) -> None:
     assert list(built) == list(defined), "prompts come in order of first appearance"
 
 
-def test_a_shuffled_and_selected_dataset_is_read_in_its_own_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_shuffled_and_selected_dataset_is_read_in_its_own_order(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     rows = [row(f"p{i % 7}", f"safe {i}", f"other {i}") for i in range(40)]
     shuffled = datasets.Dataset.from_list(rows).shuffle(seed=1).select(range(5, 30))
     table = saferlhf.select_saferlhf_columns(shuffled, "here")

@@ -1,6 +1,7 @@
 """The commands: each reads its flags and calls the room that does the work. Nothing heavy is imported at the top."""
 
 import enum
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -216,6 +217,9 @@ def main() -> None:
         failure = UsageError(error.format_message(), "`ambersafe COMMAND --help` lists what it takes.")
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
+    except BrokenPipeError:  # who read our answer has seen enough, e.g. head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except Exception as error:
         failure = AmberSafeError(
             f"{type(error).__name__}: {error}", "This is a defect of ambersafe: please report it with --debug's output."

@@ -19,8 +19,9 @@ def _styled(text: str, style: str) -> str:
 
 
 def say(text: str) -> None:
-    """A line of prose."""
-    print(text, file=sys.stderr, flush=True)
+    """A line of prose. A terminal that is gone is no reason to fail: a run's record still has to be written."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:

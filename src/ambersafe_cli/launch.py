@@ -177,7 +177,8 @@ def _wait(child: "subprocess.Popen[bytes]", received: Sequence[int]) -> None:
 def _kill_all(child: "subprocess.Popen[bytes]", mark: str) -> None:
     """Kill what is left of the child. torchrun's workers are in sessions of their own, but all of them, and what they
     started in turn, have our mark in their environment."""
-    while left := _marked(mark):
+    deadline = time.monotonic() + SECONDS_TO_STOP  # a process that waits for a dead file system cannot be killed
+    while (left := _marked(mark)) and time.monotonic() < deadline:
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

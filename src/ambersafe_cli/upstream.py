@@ -18,6 +18,7 @@ from typing import Literal
 
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # or importing GitPython fails where there is no git
 import git
+from git.util import CallableRemoteProgress
 
 from ambersafe_cli.errors import CloneError, GitError, PatchError, SourceError
 from ambersafe_cli.patches import Patch, normal_diff
@@ -39,7 +40,11 @@ _OWN_SETTINGS = (
     "am.threeWay=false",
     "mailinfo.scissors=false",
     "i18n.commitEncoding=UTF-8",
+    "i18n.logOutputEncoding=UTF-8",
+    "log.showSignature=false",
 )
+# What git leaves in its folder while the user is in the middle of something.
+_IN_THE_MIDDLE = ("rebase-apply", "rebase-merge", "MERGE_HEAD", "CHERRY_PICK_HEAD", "REVERT_HEAD")
 # No prompt may wait, and a network that only drops packets is given up.
 _NETWORK_ENVIRONMENT = {
     "GIT_TERMINAL_PROMPT": "0",
@@ -133,12 +138,12 @@ def _git_errors(doing: str, hint: str = "") -> Iterator[None]:
 
 def without_secrets(text: str) -> str:
     """Take the user name and password out of every URL."""
-    return re.sub(r"(\w://)[^/@\s]+@", r"\1", text)
+    return re.sub(r"(\w://)[^/\s]+@", r"\1", text)
 
 
-def _said(error: git.GitCommandError) -> str:
+def _said(error: git.GitError) -> str:
     """What git printed, without GitPython's frame."""
-    text = (error.stderr or error.stdout or str(error)).strip()
+    text = (getattr(error, "stderr", "") or getattr(error, "stdout", "") or str(error)).strip()
     return without_secrets(re.sub(r"^std(err|out): '|'$", "", text).strip())
 
 
@@ -182,7 +187,11 @@ def _has_commit(repo: git.Repo, revision: str) -> bool:
 
 
 def _is_ancestor(repo: git.Repo, ancestor: str, descendant: str) -> bool:
-    return bool(repo.git.rev_list("--max-count=1", ancestor) == repo.git.merge_base(ancestor, descendant))
+    try:
+        repo.git.merge_base("--is-ancestor", ancestor, descendant)
+    except git.GitCommandError:
+        return False
+    return True
 
 
 def inspect(folder: Path, series: Sequence[Patch]) -> CloneState:
@@ -197,14 +206,15 @@ def _inspect(repo: git.Repo, folder: Path, series: Sequence[Patch]) -> CloneStat
     known = [c for c in (BASE_REF, PINNED_COMMIT) if _has_commit(repo, c) and _is_ancestor(repo, c, head)]
     base = repo.git.rev_parse(known[0]) if known else None
     log = repo.git.log("--reverse", "--format=%H%x09%ce%x09%s", f"{base}..{head}") if base else ""
-    commits = [line.split("\t", 2) for line in log.splitlines()]
+    commits = [line.split("\t", 2) for line in log.split("\n") if line]
 
     id_of = {subject: commit for commit, _, subject in commits}
     states = []
     for patch in series:
         state: Literal["applied", "missing", "altered"] = "missing"
         if commit := id_of.get(patch.subject):
-            same = commit == patch.commit or normal_diff(repo.git.show("--format=", commit)) == patch.diff
+            # Not `git show`: how that writes a diff is the user's to configure.
+            same = commit == patch.commit or normal_diff(repo.git.diff_tree("-p", "-M", commit)) == patch.diff
             state = "applied" if same else "altered"
         states.append(PatchState(patch, state))
 
@@ -280,17 +290,15 @@ def set_up(folder: Path, wanted: Wanted, force: bool, progress: Progress) -> Set
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _alone(folder.parent), _git_errors(f"Setting up {folder}"):
-            saved: tuple[str, ...] = ()
             if folder.exists() and not _is_empty(folder):
                 try:
                     repo = open_clone(folder)
                 except CloneError:
                     if not force:
                         raise
-                    saved = (f"the folder that was there: {_move_aside(folder)}",)
                 else:
                     return _update(repo, folder, wanted, force, progress)
-            _clone(folder, wanted, progress)
+            saved = _clone(folder, wanted, progress)
             return SetupResult(inspect(folder, wanted.series), changed=True, saved=saved)
     except OSError as error:
         raise CloneError(f"Cannot write {folder}: {error.strerror or error}", "Choose another with --dir.") from error
@@ -300,27 +308,35 @@ def _is_empty(folder: Path) -> bool:
     return folder.is_dir() and not any(folder.iterdir())
 
 
-def _move_aside(folder: Path) -> Path:
-    names = (folder.with_name(f"{folder.name}.saved-{n}") for n in range(1, 1_000_000))
-    return folder.rename(next(name for name in names if not name.exists()))
+def _move_aside(path: Path) -> Path:
+    names = (path.with_name(f"{path.name}.saved-{n}") for n in range(1, 1_000_000))
+    return path.rename(next(name for name in names if not name.exists()))
 
 
-def _clone(folder: Path, wanted: Wanted, progress: Progress) -> None:
+def _clone(folder: Path, wanted: Wanted, progress: Progress) -> tuple[str, ...]:
+    """Make a new clone; what is in its place is moved aside once the clone is whole, and it is said where."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a setup that was killed
     try:
         progress("cloning", 0.0)
+        watch = CallableRemoteProgress(
+            lambda _, done, total, message: progress("cloning", float(done) / float(total or done or 1))
+        )
         try:
             repo = git.Repo.clone_from(
                 wanted.url,
                 partial,
-                progress=lambda _, done, total, message: progress("cloning", float(done) / float(total or done or 1)),
+                progress=watch,  # type: ignore[arg-type]  # it takes one, whatever its signature says
                 env=_NETWORK_ENVIRONMENT,
                 no_checkout=True,
+                origin="origin",  # whatever clone.defaultRemoteName says
             )
-        except git.GitCommandError as error:
+        except (git.GitCommandError, git.UnsafeProtocolError) as error:
+            # Of a command with progress GitPython keeps what git said to itself.
+            said = [line for line in watch.error_lines + watch.other_lines if not line.startswith("Cloning into ")]
+            why = without_secrets("\n".join(said).strip()) or _said(error)
             raise SourceError(
-                f"Cannot clone {without_secrets(wanted.url)}: {_said(error)}",
+                f"Cannot clone {without_secrets(wanted.url)}: {why}",
                 "Is there a network? --repo takes a mirror, or the path of a clone that was made elsewhere.",
             ) from error
         _own(repo)
@@ -330,41 +346,56 @@ def _clone(folder: Path, wanted: Wanted, progress: Progress) -> None:
         progress("patching", 0.0)
         apply_patches(repo, [patch.path for patch in wanted.patches])
         repo.close()
+        saved: tuple[str, ...] = ()
+        if folder.exists() and not _is_empty(folder):
+            saved = (f"the folder that was there: {_move_aside(folder)}",)
         partial.rename(folder)
+        return saved
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _find_commit(repo: git.Repo, commit: str, url: str) -> str:
     """Return the full id of a commit, branch or tag; ask the remote for it if it is not here. Raises SourceError."""
-    for fetch in (None, ["origin"], ["origin", commit]):
+    is_a_name = re.fullmatch(r"[^-+^:][^:]*", commit)  # or git would take it for an option or a refspec
+    for fetch in (None, ["origin"], ["origin", commit]) if is_a_name else ():
         if fetch:
             with contextlib.suppress(git.GitCommandError):
                 repo.git.fetch("--quiet", *fetch)
         for name in (f"origin/{commit}", commit):
-            if not commit.startswith("-") and _has_commit(repo, name):
+            if _has_commit(repo, name):
                 return str(repo.git.rev_parse(f"{name}^{{commit}}"))
+    url = without_secrets(url)
     raise SourceError(f"{url} has no commit {commit}.", f"Leave --commit away to take {PINNED_COMMIT[:12]}.")
 
 
 def _update(repo: git.Repo, folder: Path, wanted: Wanted, force: bool, progress: Progress) -> SetupResult:
-    marker = _marker(repo)
-    was_interrupted = marker.exists()
-    if was_interrupted:
-        _finish_checkout(repo, folder, marker)
     state = _inspect(repo, folder, wanted.series)
+    saved: tuple[str, ...] = ()
+    if was_interrupted := _marker(repo).exists():
+        saved = _finish_checkout(repo, state)
+        state = _inspect(repo, folder, wanted.series)
     base = wanted.commit if state.base == wanted.commit else _find_commit(repo, wanted.commit, state.url or str(folder))
     if state.is_exactly(base, wanted.patches):
-        return SetupResult(state, changed=was_interrupted, saved=())
+        return SetupResult(state, changed=was_interrupted, saved=saved)
 
-    if any(Path(repo.git_dir, name).exists() for name in ("rebase-apply", "rebase-merge", "MERGE_HEAD")):
+    if any(Path(repo.git_dir, name).exists() for name in _IN_THE_MIDDLE):
         raise CloneError(
-            f"{folder} is in the middle of a git am, rebase or merge.", f"Finish or abort it: `git -C {folder} status`."
+            f"{folder} is in the middle of a git am, rebase, merge, cherry-pick or revert.",
+            f"Finish or abort it: `git -C {folder} status`.",
         )
-    target = _build(repo, folder, base, wanted.patches, progress)
     if not force:
         _refuse_to_lose(state, base)
-    saved = _save(repo, state)
+    target = _build(repo, folder, base, wanted.patches, progress)
+    untracked = _in_the_way(repo, folder, target, _changed(repo, "--diff-filter=A", "HEAD", target))
+    untracked = [file for file in untracked if file not in state.edited]
+    if untracked and not force:
+        raise CloneError(
+            f"{folder} has files where the series has others: {', '.join(untracked)}.",
+            "Move them elsewhere, or use another --dir; --force renames them for you.",
+        )
+    saved += _save(repo, state, base)
+    saved += tuple(f"your file: {_move_aside(folder / file)}" for file in untracked)
     progress("checking out", 0.5)
     _check_out(repo, target, base)
     return SetupResult(_inspect(repo, folder, wanted.series), changed=True, saved=saved)
@@ -399,31 +430,47 @@ def _check_out(repo: git.Repo, target: str, base: str) -> None:
     marker.unlink()
 
 
-def _finish_checkout(repo: git.Repo, folder: Path, marker: Path) -> None:
-    """Bring a checkout to its end that was killed. Raises CloneError if the user has edited files since."""
-    target, base = marker.read_text().split()
+def _finish_checkout(repo: git.Repo, state: CloneState) -> tuple[str, ...]:
+    """Bring a checkout to its end that was killed, and say where it kept commits that the user has made since.
+
+    Raises CloneError if the user has edited files since.
+    """
+    target, base = _marker(repo).read_text().split()
     for lock in ("index.lock", "HEAD.lock", f"refs/heads/{BRANCH}.lock", f"{BASE_REF}.lock"):
         Path(repo.git_dir, lock).unlink(missing_ok=True)
-    edited = [file for file in _edited(repo) if not _is_half_written(repo, folder / file, f"{target}:{file}")]
-    if edited:
+    files = (*state.edited, *_changed(repo, "--diff-filter=A", "HEAD", target))
+    if edited := _in_the_way(repo, state.folder, target, files):
         raise CloneError(
-            f"{folder} was left half set up, and has local edits since: {', '.join(edited)}.",
-            f"Put them elsewhere, undo them (`git -C {folder} checkout FILE`), and run ambersafe setup again.",
+            f"{state.folder} was left half set up, and has local edits since: {', '.join(edited)}.",
+            f"Put them elsewhere, undo them (`git -C {state.folder} checkout FILE`), and run ambersafe setup again.",
         )
+    saved = _keep_commits(repo, state.head, state.base or base)
     _check_out(repo, target, base)
+    return saved
+
+
+def _in_the_way(repo: git.Repo, folder: Path, target: str, files: Sequence[str]) -> list[str]:
+    """Those of the files that would lose something if the commit `target` were checked out over them."""
+    return [file for file in dict.fromkeys(files) if not _is_half_written(repo, folder / file, f"{target}:{file}")]
 
 
 def _is_half_written(repo: git.Repo, path: Path, blob: str) -> bool:
     """Whether the file is what a killed checkout leaves: nothing, or the beginning of what it was to write."""
     if not path.exists():
         return True
+    if not path.is_file() or not _holds(repo, blob):
+        return False
     wanted = repo.git.show(blob, strip_newline_in_stdout=False, stdout_as_string=False)
     return bool(wanted.startswith(path.read_bytes()))
 
 
 def _edited(repo: git.Repo) -> tuple[str, ...]:
     """The tracked files that differ from HEAD, in the index or on disk."""
-    return tuple(repo.git.diff("HEAD", "--name-only", "--no-renames", "-z").split("\0"))[:-1]
+    return tuple(dict.fromkeys(_changed(repo, "HEAD") + _changed(repo, "--cached", "HEAD")))
+
+
+def _changed(repo: git.Repo, *between: str) -> list[str]:
+    return str(repo.git.diff("--name-only", "--no-renames", "-z", *between)).split("\0")[:-1]
 
 
 def _refuse_to_lose(state: CloneState, base: str) -> None:
@@ -447,16 +494,22 @@ def _refuse_to_lose(state: CloneState, base: str) -> None:
         )
 
 
-def _save(repo: git.Repo, state: CloneState) -> tuple[str, ...]:
+def _save(repo: git.Repo, state: CloneState, base: str) -> tuple[str, ...]:
     """Put the user's edits into git's stash and keep their commits on a branch; say where."""
-    saved = []
+    edits: tuple[str, ...] = ()
     if state.edited:
         repo.git.stash("push", "--message", "saved by ambersafe setup --force")
-        saved.append(f"your edits: `git -C {state.folder} stash show -p`")
-    tips = [state.head] + ([repo.heads[BRANCH].commit.hexsha] if BRANCH in [h.name for h in repo.heads] else [])
+        edits = (f"your edits: `git -C {state.folder} stash show -p`",)
+    return edits + _keep_commits(repo, state.head, state.base or base)
+
+
+def _keep_commits(repo: git.Repo, head: str, base: str) -> tuple[str, ...]:
+    kept = []
+    tips = [head] + ([repo.heads[BRANCH].commit.hexsha] if BRANCH in [h.name for h in repo.heads] else [])
     for tip in dict.fromkeys(tips):
-        since = f"{state.base}..{tip}" if state.base else tip
-        if set(repo.git.log("--format=%ce", since).split()) - {COMMITTER_EMAIL}:
-            repo.git.branch("--force", f"ambersafe-saved-{tip[:12]}", tip)
-            saved.append(f"commit {tip[:12]}: the branch ambersafe-saved-{tip[:12]}")
-    return tuple(saved)
+        if set(repo.git.log("--format=%ce", f"{base}..{tip}").split()) - {COMMITTER_EMAIL}:
+            branch = f"ambersafe-saved-{tip[:12]}"
+            if not _is_ancestor(repo, tip, f"refs/heads/{branch}"):  # else it is kept already
+                repo.git.branch("--force", branch, tip)
+            kept.append(f"commit {tip[:12]}: the branch {branch}")
+    return tuple(kept)
