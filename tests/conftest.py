@@ -98,6 +98,12 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return ROOT / "src/ambersafe_cli/demo_data/train.jsonl"
 
 
+def only_run(work: Path, name: str) -> Path:
+    """The one run of this exp_name in a working folder."""
+    (found,) = (work / ".cache").glob(f"*/{name}_*")
+    return found
+
+
 _WHY_NO_UPSTREAM: list[str] = []
 
 

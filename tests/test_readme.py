@@ -4,9 +4,9 @@ import re
 import subprocess
 import sys
 
-from ambersafe_cli import errors
-
 from conftest import ROOT, run_ambersafe
+
+from ambersafe_cli import errors
 
 README = (ROOT / "README.md").read_text()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Ambersafe, git, run_ambersafe
+from conftest import ROOT, Ambersafe, git, only_run, run_ambersafe
 
 from ambersafe_cli import demo, metrics, patches, upstream
 
@@ -64,11 +64,6 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def hash_of(text: str) -> int:
     return sum(text.encode())
-
-
-def only_run(work: Path, name: str) -> Path:
-    (found,) = (work / ".cache").glob(f"*/{name}_*")
-    return found
 
 
 def metric_lines(output: str, kinds: Sequence[str] = ("train stats", "eval")) -> list[str]:

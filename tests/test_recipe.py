@@ -35,7 +35,14 @@ DPO = {
     "gradient_accumulation_steps": 4,
     "lr": 5e-7,
 }
-CHANGES_NO_NUMBER = {"do_final_eval": True, "wandb.enabled": False, "minimum_log_interval_secs": 0}
+CHANGES_NO_NUMBER = {
+    "do_final_eval": True,
+    "wandb.enabled": False,
+    "minimum_log_interval_secs": 0,
+    "stop_on_nan": True,
+    "save_on_signal": True,
+    "keep_checkpoints": 2,
+}
 
 
 def resolve(

@@ -54,10 +54,22 @@ Wandb = Annotated[bool | None, typer.Option(help="Log to Weights & Biases.", sho
 Nproc = Annotated[
     int | None, typer.Option(min=1, help="Processes, each on a GPU of its own or on the CPU.", show_default="one a GPU")
 ]
+Keep = Annotated[
+    str | None, typer.Option(help="How many of the newest step-N to keep, or all.", show_default="the recipe's, 2")
+]
+KeepBest = Annotated[
+    str | None, typer.Option(help="And the best by this metric: loss/eval or rewards_eval/accuracies.")
+]
+SaveEvery = Annotated[
+    str | None, typer.Option(help="Save between evaluations too: every 5000 examples, or 30m (minutes).")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the command, start nothing.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Anything else of upstream's config, as Hydra takes it."),
+]
+Run = Annotated[
+    Path | None, typer.Argument(help="The folder of a run.", show_default="the newest that has not finished")
 ]
 DEFAULT_CLONE = Path("direct-preference-optimization")
 
@@ -113,6 +125,9 @@ def sft(
     bf16: Bf16 = False,
     wandb: Wandb = None,
     nproc: Nproc = None,
+    keep: Keep = None,
+    keep_best: KeepBest = None,
+    save_every: SaveEvery = None,
     folder: Clone = DEFAULT_CLONE,
     python: Python = sys.executable,
     dry_run: DryRun = False,
@@ -154,6 +169,9 @@ def dpo(
     bf16: Bf16 = False,
     wandb: Wandb = None,
     nproc: Nproc = None,
+    keep: Keep = None,
+    keep_best: KeepBest = None,
+    save_every: SaveEvery = None,
     folder: Clone = DEFAULT_CLONE,
     python: Python = sys.executable,
     dry_run: DryRun = False,
@@ -163,6 +181,26 @@ def dpo(
     from ambersafe_cli import stages
 
     return stages.run(stages.request("dpo", ctx.params), dry_run)
+
+
+@app.command()
+def resume(
+    run: Run = None,
+    python: Annotated[str | None, typer.Option(help="Another interpreter to run train.py.")] = None,
+    allow_modified: Annotated[bool, typer.Option("--allow-modified", help="Even if the clone has changed.")] = False,
+) -> int:
+    """Go on with a run that was stopped or killed, from its newest checkpoint."""
+    from ambersafe_cli import attempts
+
+    return attempts.resume(run, python, allow_modified)
+
+
+@app.command()
+def runs(as_json: Json = False) -> None:
+    """List the runs of this working folder."""
+    from ambersafe_cli import reports
+
+    reports.runs(as_json)
 
 
 @app.command()

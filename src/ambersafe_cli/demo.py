@@ -34,7 +34,7 @@ def run(clone: Path, url: str | None, python: str) -> int:
         flags = recipe.Flags(values={"model.name_or_path": str(model)}, data=str(DATA))
         archive = runs.checkpoint(run_folders["sft"]) if stage == "dpo" else None
         prepared = stages.prepare(stages.Request(stage, "tiny", flags, (), clone, python, None, archive))
-        if status := stages.execute(prepared):
+        if status := stages.start(prepared):
             return status
         run_folders[stage] = prepared.launch.run_folder
     changes = compare(run_folders["sft"], run_folders["dpo"])

@@ -23,21 +23,17 @@ from ambersafe_cli.runs import user_name
 if TYPE_CHECKING:
     from ambersafe_cli.upstream import CloneState
 
-SECONDS_TO_STOP = 20.0
-"""How long train.py may take to end after it was asked to, before it is killed."""
-
 _MARK = "AMBERSAFE_RUN"
 TORCHRUN_PATCH = "Join the process group that torchrun made"
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A command that is ready to start: what it trains, its arguments, and what it adds to the environment.
+    """A command that is ready to start: its run's folder, its arguments, and what it adds to the environment.
 
     `notes` say what was changed to suit the machine or the clone.
     """
 
-    stage: Stage
     run_folder: Path
     argv: tuple[str, ...]
     environment: Mapping[str, str]
@@ -51,7 +47,7 @@ class Launch:
 
 def plan(
     stage: Stage, clone: "CloneState", environment: TrainingEnvironment, run_folder: Path, processes: int | None
-) -> Launch:
+) -> tuple[Stage, Launch]:
     """Fit a stage to the clone and the machine, and write its command. Raises UsageError for what cannot be had."""
     notes: list[str] = []
     can_torchrun = any(p.patch.subject == TORCHRUN_PATCH and p.state != "missing" for p in clone.patches)
@@ -91,7 +87,7 @@ def plan(
     settings = {"SAFERLHF_DATASET": stage.data, "SAFERLHF_REVISION": stage.data_revision or "", "PYTHONUNBUFFERED": "1"}
     if user_name().startswith("uid-"):
         settings["LOGNAME"] = user_name()  # upstream's getpass.getuser() would raise KeyError
-    return Launch(stage, run_folder, tuple(argv), settings, tuple(notes))
+    return stage, Launch(run_folder, tuple(argv), settings, tuple(notes))
 
 
 @dataclass(frozen=True)
@@ -102,10 +98,11 @@ class Outcome:
     interrupted: bool
 
 
-def run(launch: Launch, log: Path) -> Outcome:
+def run(launch: Launch, log: Path, on_signal: Callable[[], None]) -> Outcome:
     """Start the child, pass on what it prints as it comes, keep it in `log` as well, and wait for its end.
 
-    Ctrl-C, SIGTERM and SIGHUP are passed on to the child; however it ends, no process of it is left behind.
+    The first Ctrl-C, SIGTERM or SIGHUP is passed on to what trains, which saves a checkpoint and ends, and `on_signal`
+    is called; the second one kills. However the child ends, no process of it is left behind.
     Raises RunFolderError if the log cannot be written.
     """
     mark = f"{launch.run_folder}:{os.getpid()}"
@@ -132,7 +129,7 @@ def run(launch: Launch, log: Path) -> Outcome:
         for pump in pumps:
             pump.start()
         try:
-            _wait(child, received)
+            _wait(child, received, lambda: _pass_on(child, mark, received[0], on_signal))
         finally:
             _kill_all(child, mark)
         for pump in pumps:
@@ -162,22 +159,42 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _wait(child: "subprocess.Popen[bytes]", received: Sequence[int]) -> None:
-    """Wait for the child; pass the first signal on, and after a second one, or some time, leave it to be killed."""
-    deadline = None
-    while child.poll() is None:
-        if received and deadline is None:
-            child.send_signal(received[0])
-            deadline = time.monotonic() + SECONDS_TO_STOP
-        if len(received) > 1 or (deadline is not None and time.monotonic() > deadline):
-            return
+def _wait(child: "subprocess.Popen[bytes]", received: Sequence[int], pass_on: Callable[[], None]) -> None:
+    """Wait for the child; pass the first signal on, and after a second one leave it to be killed.
+
+    There is no time limit in between: a checkpoint of tens of gigabytes is being saved, and who must have it quicker,
+    a user or a scheduler, sends another signal.
+    """
+    was_passed_on = False
+    while child.poll() is None and len(received) < 2:
+        if received and not was_passed_on:
+            pass_on()
+            was_passed_on = True
         time.sleep(0.05)
+
+
+def _pass_on(child: "subprocess.Popen[bytes]", mark: str, number: int, on_signal: Callable[[], None]) -> None:
+    """Send a signal to the processes that train: torchrun itself would only kill them."""
+    number = signal.SIGTERM if number == signal.SIGHUP else number
+    workers = [pid for pid in _marked(mark) if _parent(pid) == child.pid]
+    is_torchrun = "torch.distributed.run" in child.args  # type: ignore[operator]
+    for pid in workers if is_torchrun and workers else [child.pid]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+    on_signal()
+
+
+def _parent(pid: int) -> int | None:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
 
 
 def _kill_all(child: "subprocess.Popen[bytes]", mark: str) -> None:
     """Kill what is left of the child. torchrun's workers are in sessions of their own, but all of them, and what they
     started in turn, have our mark in their environment."""
-    deadline = time.monotonic() + SECONDS_TO_STOP  # a process that waits for a dead file system cannot be killed
+    deadline = time.monotonic() + 20  # a process that waits for a dead file system cannot be killed
     while (left := _marked(mark)) and time.monotonic() < deadline:
         for pid in left:
             with contextlib.suppress(ProcessLookupError):

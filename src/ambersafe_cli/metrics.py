@@ -3,7 +3,7 @@
 import ast
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +11,9 @@ from typing import Literal
 _STATS = re.compile(r"(?P<kind>train stats|eval) after (?P<examples>\d+)(?: examples)?: (?P<values>\{.*\})")
 # Patches 0001 and 0006.
 _RESOLVED = re.compile(r"resolved (?P<what>model|dataset) (?P<name>.+) to revision (?P<commit>[0-9a-f]{40})")
+
+
+_ATTEMPT = "=== ambersafe: attempt "
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Record:
     kind: Literal["train", "eval"]
     examples: int
     values: Mapping[str, float]
+    attempt: int = 1
 
 
 @dataclass(frozen=True)
@@ -51,13 +55,22 @@ def parse_line(line: str) -> Record | None:
     return Record("eval" if match["kind"] == "eval" else "train", int(match["examples"]), values)
 
 
+def begin_attempt(log: Path, number: int) -> None:
+    """Mark, in a run's log, that what follows comes from a further attempt."""
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"\n{_ATTEMPT}{number}\n")
+
+
 def parse(lines: Iterable[str]) -> Log:
     """Read the lines of a run's output."""
     records: list[Record] = []
     commits: dict[str, str] = {}
+    attempt = 1
     for line in lines:
-        if record := parse_line(line):
-            records.append(record)
+        if line.startswith(_ATTEMPT):
+            attempt = int(line.removeprefix(_ATTEMPT).strip() or 1)
+        elif record := parse_line(line):
+            records.append(replace(record, attempt=attempt))
         elif match := _RESOLVED.search(line):
             commits[match["what"]] = match["commit"]
     return Log(tuple(records), commits.get("model"), commits.get("dataset"))

@@ -39,10 +39,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Flags:
-    """What the flags of `sft` and `dpo` say: None where one was not given.
-
-    `values` are upstream's keys with what was given for them; the rest has no key there.
-    """
+    """What the flags of `sft` and `dpo` say: `values`, those that were given, by upstream's keys; the rest has none."""
 
     values: Mapping[str, Value]
     data: str | None = None
@@ -149,11 +146,10 @@ def resolve(name: StageName, recipe: Recipe, flags: Flags, override_texts: Seque
     Raises UsageError for what contradicts itself or is missing, DataError for data that is not there.
     """
     overrides = parse_overrides(override_texts)
-    given = {key: value for key, value in flags.values.items() if value is not None}
     overridden = {override.key for override in overrides}
-    values = {k: v for k, v in {**recipe.values[name], **given}.items() if k not in overridden}
+    values = {k: v for k, v in {**recipe.values[name], **flags.values}.items() if k not in overridden}
     data, data_revision = resolve_data(recipe, flags)
-    stage = Stage(name, recipe.source, values, frozenset(given), overrides, data, data_revision)
+    stage = Stage(name, recipe.source, values, frozenset(flags.values), overrides, data, data_revision)
     _check(stage)
     return stage.with_values({"model.name_or_path": _absolute_if_local(stage.model)})
 

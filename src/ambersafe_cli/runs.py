@@ -1,11 +1,14 @@
 """Run folders: where a run lives, and `run.json`, which says what was run and how it ended."""
 
+import contextlib
 import datetime
+import fcntl
 import getpass
 import json
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,18 +87,66 @@ def checkpoint(folder: Path) -> Path:
     return folder / "LATEST" / "policy.pt"
 
 
-def newest_finished_sft(model: str) -> Path:
-    """The folder of the newest SFT run of this model that came to its end. Raises ArchiveError if there is none."""
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run's folder for this process. Raises UsageError if another one has it."""
+    with _folder_lock(folder) as is_ours:
+        if not is_ours:
+            raise UsageError(f"The run {folder} is still running.", "Stop it: `ambersafe stop RUN`.")
+        yield
+
+
+@contextlib.contextmanager
+def _folder_lock(folder: Path) -> Iterator[bool]:
+    """Try to lock a folder; the lock goes with the process, however it ends. True where there are no locks."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield True
+    except BlockingIOError:
+        yield False
+    except OSError:
+        yield True
+    finally:
+        os.close(handle)
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process on this machine (or on a shared disk with locks) has the run."""
+    with _folder_lock(folder) as is_ours:
+        return not is_ours
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder and its record; `status` is the record's, or "died" if it says running and no process has it."""
+
+    folder: Path
+    record: Record
+    status: str
+
+
+def list_runs() -> list[Run]:
+    """The runs of this working folder, the oldest first."""
     found = []
     for path in folder_of_runs().glob("*/run.json"):
-        record = read(path.parent)
-        if record and record.get("stage") == "sft" and record.get("status") == "finished":
-            same_model = record.get("model", {}).get("name") == model
-            if same_model and checkpoint(path.parent).is_file():
-                found.append((str(record.get("started")), path.parent))
+        if record := read(path.parent):
+            died = record["status"] == "running" and not is_running(path.parent)
+            found.append(Run(path.parent, record, "died" if died else record["status"]))
+    return sorted(found, key=lambda run: str(run.record["started"]))
+
+
+def newest_finished_sft(model: str) -> Path:
+    """The folder of the newest SFT run of this model that came to its end. Raises ArchiveError if there is none."""
+    found = [
+        run.folder
+        for run in list_runs()
+        if (run.record["stage"], run.record["status"], run.record["model"]["name"]) == ("sft", "finished", model)
+        and checkpoint(run.folder).is_file()
+    ]
     if not found:
         raise ArchiveError(
             f"There is no finished SFT run of {model} under {folder_of_runs()}.",
             "Run `ambersafe sft` first, or name a checkpoint with --archive PATH.",
         )
-    return max(found)[1]
+    return found[-1]

@@ -1,17 +1,20 @@
 """One stage from the command line to a finished run: everything between the flags and the exit status."""
 
-import os
-import shlex
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ambersafe_cli import __version__, display, environment, launch, metrics, patches, runs, upstream
+from ambersafe_cli import __version__, attempts, display, environment, launch, patches, runs, upstream
 from ambersafe_cli import recipe as recipes
-from ambersafe_cli.errors import ArchiveError, CloneError, NoCheckpointError, RunFolderError
+from ambersafe_cli.errors import ArchiveError, CloneError, UsageError
+
+if TYPE_CHECKING:
+    from ambersafe_cli.overrides import Value
 
 SAFERLHF_PATCH = "Add the saferlhf dataset"
+RESUME_PATCH = "Go on from a checkpoint"
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ _KEY_OF_FLAG = {
     "exp_name": "exp_name",
     "seed": "seed",
     "wandb": "wandb.enabled",
+    "keep_best": "keep_best",
     "beta": "loss.beta",
     "label_smoothing": "loss.label_smoothing",
 }
@@ -48,10 +52,18 @@ _KEY_OF_FLAG = {
 
 def request(stage: recipes.StageName, params: Mapping[str, Any]) -> Request:
     """Read the parameters of the commands `sft` and `dpo`, by their names in cli.py."""
-    values = {key: params[flag] for flag, key in _KEY_OF_FLAG.items() if flag in params}
-    # Never policy_dtype=bfloat16: in bfloat16 weights an update at a learning rate of 5e-7 rounds away.
-    values["model.fsdp_policy_mp"] = "bfloat16" if params["bf16"] else None
-    values["loss.name"] = "ipo" if params.get("loss") == "ipo" else None
+    values: dict[str, Value] = {k: params[flag] for flag, k in _KEY_OF_FLAG.items() if params.get(flag) is not None}
+    if params["bf16"]:
+        # Never policy_dtype=bfloat16: in bfloat16 weights an update at a learning rate of 5e-7 rounds away.
+        values["model.fsdp_policy_mp"] = "bfloat16"
+    if params.get("loss") == "ipo":
+        values["loss.name"] = "ipo"
+    if params["keep"]:
+        values["keep_checkpoints"] = None if params["keep"] == "all" else _number(params["keep"], "--keep")
+    if params["save_every"]:
+        minutes = params["save_every"].endswith("m")
+        number = _number(params["save_every"].removesuffix("m"), "--save-every")
+        values["save_every_minutes" if minutes else "save_every_examples"] = number
     return Request(
         stage=stage,
         recipe=params["recipe"],
@@ -64,6 +76,12 @@ def request(stage: recipes.StageName, params: Mapping[str, Any]) -> Request:
     )
 
 
+def _number(text: str, flag: str) -> int:
+    if not re.fullmatch(r"[1-9]\d*", text):
+        raise UsageError(f"Invalid value for '{flag}': {text!r}.", "`ambersafe sft --help` says what it takes.")
+    return int(text)
+
+
 def run(request: Request, dry_run: bool) -> int:
     """Do what `ambersafe sft` or `ambersafe dpo` was asked for; return the exit status. Raises AmberSafeError."""
     prepared = prepare(request)
@@ -71,19 +89,29 @@ def run(request: Request, dry_run: bool) -> int:
         _show_notes(prepared)
         display.write(prepared.launch.as_shell())
         return 0
-    return execute(prepared)
+    return start(prepared)
+
+
+def start(prepared: "Prepared") -> int:
+    """Make the run folder and run a prepared stage to its end; return the exit status. Raises AmberSafeError."""
+    prepared.environment.require_packages()
+    folder = prepared.launch.run_folder
+    runs.make(folder)
+    _show_notes(prepared)
+    return attempts.run(prepared.launch, _record(prepared))
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A stage that is ready to start, and where its weights come from."""
 
+    stage: recipes.Stage
     launch: launch.Launch
     clone: upstream.CloneState
     recipe: recipes.Recipe
     environment: environment.TrainingEnvironment
     sft_run: Path | None
-    next_command: str
+    next_command: list[str]
 
 
 def prepare(request: Request) -> Prepared:
@@ -91,7 +119,7 @@ def prepare(request: Request) -> Prepared:
     chosen = recipes.load(request.recipe)
     stage = recipes.resolve(request.stage, chosen, request.flags, request.overrides)
     clone = upstream.inspect(request.clone, patches.read_series())
-    if stage.get("datasets") in (["saferlhf"], None) and not _has_saferlhf(clone):
+    if stage.get("datasets") in (["saferlhf"], None) and not _has(clone, SAFERLHF_PATCH):
         raise CloneError(f"{clone.folder} lacks the patch that adds saferlhf.", "Apply it: `ambersafe setup`.")
     sft_run = None
     if request.stage == "dpo":
@@ -100,8 +128,8 @@ def prepare(request: Request) -> Prepared:
     given = stage.get("local_run_dir")
     folder = Path(str(given)).expanduser().absolute() if given else runs.folder_for(str(stage.get("exp_name")))
     child = environment.probe(request.python)
-    plan = launch.plan(stage, clone, child, folder, request.processes)
-    return Prepared(plan, clone, chosen, child, sft_run, _next_command(request, plan))
+    stage, plan = launch.plan(stage, clone, child, folder, request.processes)
+    return Prepared(stage, plan, clone, chosen, child, sft_run, _next_command(request, stage, plan))
 
 
 # What turns the end of DPO into a folder that every other tool loads.
@@ -113,12 +141,12 @@ _TO_HUGGING_FACE = (
 )
 
 
-def _next_command(request: Request, plan: launch.Launch) -> str:
+def _next_command(request: Request, stage: recipes.Stage, plan: launch.Launch) -> list[str]:
     """What to type next: after SFT the DPO stage alike, after DPO what makes a Hugging Face folder."""
     checkpoint = str(runs.checkpoint(plan.run_folder))
     if request.stage == "dpo":
         folder = str(plan.run_folder / "hugging_face")
-        return shlex.join([plan.argv[0], "-c", _TO_HUGGING_FACE, plan.stage.model, checkpoint, folder])
+        return [plan.argv[0], "-c", _TO_HUGGING_FACE, stage.model, checkpoint, folder]
     options = {
         "--recipe": None if request.recipe == recipes.DEFAULT else request.recipe,
         "--model": request.flags.values.get("model.name_or_path"),
@@ -127,13 +155,14 @@ def _next_command(request: Request, plan: launch.Launch) -> str:
         "--data-revision": request.flags.data_revision,
         "--nproc": request.processes,
         "--archive": checkpoint,
+        "--dir": None if request.clone == Path.cwd() / upstream.DEFAULT_FOLDER else request.clone,
     }
     given = [str(part) for flag, value in options.items() if value is not None for part in (flag, value)]
-    return shlex.join(["ambersafe", "dpo", *given])
+    return ["ambersafe", "dpo", *given]
 
 
-def _has_saferlhf(clone: upstream.CloneState) -> bool:
-    return any(p.patch.subject == SAFERLHF_PATCH and p.state != "missing" for p in clone.patches)
+def _has(clone: upstream.CloneState, subject: str) -> bool:
+    return any(p.patch.subject == subject and p.state != "missing" for p in clone.patches)
 
 
 def _archive(stage: recipes.Stage, flag: Path | None) -> tuple[Path, Path | None]:
@@ -158,66 +187,12 @@ def _show_notes(prepared: Prepared) -> None:
         display.warn(f"the clone has local edits: {', '.join(prepared.clone.edited)}")
 
 
-def execute(prepared: Prepared) -> int:
-    """Run a stage to its end and return the exit status of train.py.
-
-    Raises TrainingEnvironmentError or RunFolderError before it starts, NoCheckpointError if it left nothing.
-    """
-    prepared.environment.require_packages()
-    plan = prepared.launch
-    folder = plan.run_folder
-    runs.make(folder)
-    record = _record(prepared)
-    runs.write(folder, record)
-    _show_notes(prepared)
-    display.say(f"run folder: {folder}")
-
-    outcome = launch.run(plan, folder / "train.log")
-    log = metrics.read_log(folder / "train.log")
-    has_checkpoint = runs.checkpoint(folder).is_file()
-    finished = outcome.exit_status == 0 and has_checkpoint
-    record |= {"ended": runs.now(), "exit_status": outcome.exit_status}
-    record["status"] = "finished" if finished else "interrupted" if outcome.interrupted else "failed"
-    record["model"] |= {"commit": log.model_commit}
-    record["data"] |= {"commit": log.data_commit}
-    try:
-        runs.write(folder, record)
-    except RunFolderError:
-        if finished:  # else the child's own failure is what the user has to see
-            raise
-    if outcome.exit_status == 0 and not has_checkpoint:
-        raise NoCheckpointError(
-            f"train.py ended without an error, but left no {runs.checkpoint(folder)}.",
-            f"Look at {folder / 'train.log'}.",
-        )
-    if finished:
-        _show_end(prepared, log)
-    else:
-        how = "was stopped" if outcome.interrupted else f"failed with exit status {outcome.exit_status}"
-        display.say(f"{plan.stage.name} {how}; its output is in {folder / 'train.log'}")
-    return outcome.exit_status
-
-
-def _show_end(prepared: Prepared, log: metrics.Log) -> None:
-    evaluations = log.evaluations()
-    if evaluations:
-        last = evaluations[-1]
-        shown = [f"{key.replace('_eval', '').replace('/eval', '')} {value:.5g}" for key, value in last.values.items()]
-        display.say(f"held out, after {last.examples} examples: {', '.join(shown)}")
-    display.say(f"checkpoint: {runs.checkpoint(prepared.launch.run_folder)}")
-    display.say(f"next: {prepared.next_command}")
-
-
 def _record(prepared: Prepared) -> dict[str, Any]:
     """What run.json says of a run when it starts."""
-    plan, clone, stage = prepared.launch, prepared.clone, prepared.launch.stage
+    plan, clone, stage = prepared.launch, prepared.clone, prepared.stage
     archive = stage.get("model.archive")
     return {
         "stage": stage.name,
-        "status": "running",
-        "started": runs.now(),
-        "ended": None,
-        "exit_status": None,
         "model": {"name": stage.model, "revision": stage.get("model.revision"), "commit": None},
         "data": {"name": stage.data, "revision": stage.data_revision, "commit": None},
         "sft_run": prepared.sft_run and str(prepared.sft_run),
@@ -228,8 +203,7 @@ def _record(prepared: Prepared) -> dict[str, Any]:
         "command": list(plan.argv),
         "environment": dict(plan.environment),
         "working_folder": str(Path.cwd()),
-        "host": runs.host(),
-        "pid": os.getpid(),
+        "next_command": prepared.next_command,
         "upstream": {
             "folder": str(clone.folder),
             "url": clone.url,
@@ -237,6 +211,7 @@ def _record(prepared: Prepared) -> dict[str, Any]:
             "head": clone.head,
             "tree": clone.tree,
             "edited": list(clone.edited),
+            "can_resume": _has(clone, RESUME_PATCH),
             "patches": {p.patch.name: p.state for p in clone.patches},
         },
         "ambersafe_version": __version__,

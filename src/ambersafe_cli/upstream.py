@@ -25,6 +25,7 @@ from ambersafe_cli.patches import Patch, normal_diff
 
 UPSTREAM_URL = "https://github.com/eric-mitchell/direct-preference-optimization.git"
 PINNED_COMMIT = "f8b8c0f49dc92a430bae41585f9d467d3618fe2f"
+DEFAULT_FOLDER = "direct-preference-optimization"
 BRANCH = "ambersafe"
 BASE_REF = "refs/ambersafe/base"
 COMMITTER_NAME = "ambersafe-cli"
@@ -279,6 +280,33 @@ def _alone(parent: Path) -> Iterator[None]:
         os.close(handle)
 
 
+@contextlib.contextmanager
+def in_use(folder: Path) -> Iterator[None]:
+    """Keep setup from changing the clone in `folder` as long as a training runs from it."""
+    handle = os.open(folder / ".git", os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _require_unused(repo: git.Repo, folder: Path) -> None:
+    """Raise CloneError if a training runs from the clone."""
+    handle = os.open(repo.git_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise CloneError(
+            f"A training runs from {folder}: its files must stay as they are.", "Wait for it, or use another --dir."
+        ) from error
+    except OSError:
+        return
+    finally:
+        os.close(handle)
+
+
 def set_up(folder: Path, wanted: Wanted, force: bool, progress: Progress) -> SetupResult:
     """Make `folder` a clone as it is wanted.
 
@@ -318,6 +346,7 @@ def _clone(folder: Path, wanted: Wanted, progress: Progress) -> tuple[str, ...]:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a setup that was killed
     try:
+        partial.mkdir()  # or it is git that cannot write here, which looks as if the repository were to blame
         progress("cloning", 0.0)
         watch = CallableRemoteProgress(
             lambda _, done, total, message: progress("cloning", float(done) / float(total or done or 1))
@@ -379,6 +408,7 @@ def _update(repo: git.Repo, folder: Path, wanted: Wanted, force: bool, progress:
     if state.is_exactly(base, wanted.patches):
         return SetupResult(state, changed=was_interrupted, saved=saved)
 
+    _require_unused(repo, folder)
     if any(Path(repo.git_dir, name).exists() for name in _IN_THE_MIDDLE):
         raise CloneError(
             f"{folder} is in the middle of a git am, rebase, merge, cherry-pick or revert.",
