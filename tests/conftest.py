@@ -92,12 +92,6 @@ def fake_clone(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's training rows, as a file without a test split."""
-    return ROOT / "src/ambersafe_cli/demo_data/train.jsonl"
-
-
 def only_run(work: Path, name: str) -> Path:
     """The one run of this exp_name in a working folder."""
     (found,) = (work / ".cache").glob(f"*/{name}_*")

@@ -39,6 +39,11 @@ match os.environ.get("FAKE", "train"):
         print("a bar\rthe same bar", end="", file=sys.stderr)
         print("eval after 16: {'loss/eval': '1.25'}")
         save(run_folder)
+    case "talk":
+        for number in range(20_000):
+            print(f"line {number} " + "x" * 50)
+            print(f"bar {number} " + "x" * 50, end="\r", file=sys.stderr)
+        save(run_folder)
     case "crash":
         print("the reason of the crash", file=sys.stderr)
         sys.exit(3)

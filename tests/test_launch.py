@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +16,17 @@ from conftest import Ambersafe, commit, git, make_repository
 from ambersafe_cli import patches, upstream
 
 AWKWARD = "a b=c, 'd' \"e\" {f} [g] é:漢"
+
+
+@pytest.fixture
+def ambersafe(tmp_path: Path, ambersafe: Ambersafe) -> Ambersafe:
+    """Without preflight, which would look for a model in the empty folders that stand for one here."""
+
+    def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+        extra = ("--no-preflight",) if arguments[0] in ("sft", "dpo") else ()
+        return ambersafe(*arguments[:1], *extra, *arguments[1:], **options)
+
+    return run
 
 
 @pytest.fixture
@@ -85,12 +97,17 @@ def test_output_of_train_py_goes_through_unchanged_and_into_the_log(
 def test_the_end_of_sft_names_the_checkpoint_and_a_dpo_command_that_works(
     ambersafe: Ambersafe, fake_clone: Path, model: Path, data: Path
 ) -> None:
-    done = ambersafe("sft", "--model", model, "--data", data, "--recipe", "tiny")
+    python = fake_clone.parent.parent / "a=b" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    given = ("--python", python, "max_prompt_length=60", "eval_batch_size=8", "--max-length", "100", "lr=1")
+    done = ambersafe("sft", "--model", model, "--data", data, "--recipe", "tiny", *given)
     (sft_run,) = runs_of(fake_clone)
     assert f"checkpoint: {sft_run / 'LATEST' / 'policy.pt'}" in done.stderr
     command = done.stderr.partition("next: ambersafe ")[2].splitlines()[0]
     then = subprocess.run(
-        ["sh", "-c", f"{sys.executable} -m ambersafe_cli {command}"],
+        ["sh", "-c", f"{sys.executable} -m ambersafe_cli {command} --no-preflight"],
         cwd=fake_clone.parent,
         capture_output=True,
         text=True,
@@ -100,6 +117,11 @@ def test_the_end_of_sft_names_the_checkpoint_and_a_dpo_command_that_works(
     assert called["config"]["model.archive"] == str(sft_run / "LATEST" / "policy.pt")
     assert called["config"]["loss"] == "dpo"
     assert called["environment"]["SAFERLHF_DATASET"] == str(data)
+    assert (called["config"]["max_length"], called["config"]["max_prompt_length"]) == (100, 60)
+    assert called["config"]["lr"] == 5e-4, "how to train is each stage's own"
+    record = read_json(runs_of(fake_clone)[-1] / "run.json")
+    assert record["command"][0] == str(python)
+    assert record["sft_run"] == str(sft_run)
 
 
 def test_dpo_takes_the_newest_finished_sft_run_of_the_same_model_and_names_it(
@@ -147,10 +169,16 @@ def test_archive_takes_a_file_or_a_run_folder(
 def test_ipo_and_label_smoothing_arrive(ambersafe: Ambersafe, fake_clone: Path, model: Path, tmp_path: Path) -> None:
     archive = tmp_path / "policy.pt"
     archive.touch()
-    done = ambersafe("dpo", "--model", model, "--archive", archive, "--loss", "ipo", "--label-smoothing", "0.1")
+    done = ambersafe("dpo", "--model", model, "--archive", archive, "--loss", "ipo")
     assert done.returncode == 0, done.stderr
     called = read_json(runs_of(fake_clone)[-1] / "called.json")["config"]
-    assert (called["loss"], called["loss.name"], called["loss.label_smoothing"]) == ("dpo", "ipo", 0.1)
+    assert (called["loss"], called["loss.name"]) == ("dpo", "ipo")
+    done = ambersafe("dpo", "--model", model, "--archive", archive, "--label-smoothing", "0.1")
+    assert done.returncode == 0, done.stderr
+    assert read_json(runs_of(fake_clone)[-1] / "called.json")["config"]["loss.label_smoothing"] == 0.1
+    refused = ambersafe("dpo", "--model", model, "--archive", archive, "--label-smoothing", "0.1", "--loss", "ipo")
+    assert refused.returncode == 64
+    assert "no label smoothing" in refused.stderr
 
 
 def test_without_gpus_fsdp_becomes_basic_trainer_and_it_is_said(
@@ -195,7 +223,7 @@ def test_gpus_that_the_driver_lists_make_one_process_each(
         assert "trainer=FSDPTrainer" in done.stdout
     done = ambersafe("sft", "--model", model, "--dry-run", env=pretended | {"CUDA_VISIBLE_DEVICES": ""})
     assert "trainer=BasicTrainer" in done.stdout
-    done = ambersafe("sft", "--model", model, "--nproc", "5", env=pretended)
+    done = ambersafe("sft", "--model", model, "--nproc", "5", "--dry-run", env=pretended)
     assert done.returncode == 64
     assert "there are 4" in done.stderr
 
@@ -244,11 +272,14 @@ def is_running(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize(("number", "times"), [(signal.SIGINT, 1), (signal.SIGTERM, 2), (signal.SIGHUP, 2)])
+@pytest.mark.parametrize(
+    ("number", "times"),
+    [(signal.SIGINT, 1), (signal.SIGTERM, 2), (signal.SIGHUP, 2), (signal.SIGQUIT, 2), (signal.SIGUSR1, 2)],
+)
 def test_a_signal_stops_train_py_and_its_workers_and_leaves_none(
     fake_clone: Path, model: Path, number: signal.Signals, times: int
 ) -> None:
-    command = [sys.executable, "-m", "ambersafe_cli", "sft", "--model", str(model)]
+    command = [sys.executable, "-m", "ambersafe_cli", "sft", "--no-preflight", "--model", str(model)]
     child = subprocess.Popen(
         command,
         cwd=fake_clone.parent,
@@ -271,6 +302,17 @@ def test_a_signal_stops_train_py_and_its_workers_and_leaves_none(
     assert not left
 
 
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "1>&- 2>&-", "| true"])
+def test_a_terminal_that_is_gone_does_not_stop_the_training(fake_clone: Path, model: Path, closed: str) -> None:
+    command = shlex.join([sys.executable, "-m", "ambersafe_cli", "sft", "--no-preflight", "--model", str(model)])
+    subprocess.run(
+        ["bash", "-c", f"{command} {closed}"], cwd=fake_clone.parent, env={**os.environ, "FAKE": "talk"}, timeout=60
+    )
+    (run,) = runs_of(fake_clone)
+    assert read_json(run / "run.json")["status"] == "finished"
+    assert (run / "train.log").stat().st_size > 2_000_000
+
+
 def read_environment(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -287,7 +329,7 @@ def test_a_key_whose_patch_is_missing_is_left_away_or_refused(
     fake = Path(__file__).with_name("fake_train.py").read_text()
     commit(clone, {"train.py": fake}, patches.read_series()[0].subject)
     git(clone, "update-ref", upstream.BASE_REF, base)
-    given = ("sft", "--model", model, "--dir", clone)
+    given = ("sft", "--model", "org/model", "--dir", clone)
     done = ambersafe(*given)
     assert done.returncode == 0, done.stderr
     assert "do_final_eval is left away" in done.stderr

@@ -24,6 +24,15 @@ def test_every_patch_says_what_it_does_to_the_numbers() -> None:
         assert "\nNumbers: " in header, patch.name
 
 
+def test_every_patch_and_each_of_its_keys_is_in_the_readme_of_the_series() -> None:
+    rows = [line for line in (patches.FOLDER / "README.md").read_text().splitlines() if line.startswith("| `00")]
+    series = read_series()
+    assert len(rows) == len(series)
+    for patch, line in zip(series, rows, strict=True):
+        assert patch.name.startswith(line[3:].partition("`")[0].rstrip("…")), patch.name
+        assert re.findall(r"`([a-z_.]+)`", line.rpartition(" | ")[2]) == list(patch.config_keys)
+
+
 def test_patches_that_the_launcher_asks_for_by_name_are_in_the_series() -> None:
     subjects = [patch.subject for patch in read_series()]
     assert launch.TORCHRUN_PATCH in subjects

@@ -72,6 +72,18 @@ def test_flags_win_over_the_recipe_and_overrides_over_flags() -> None:
     assert "batch_size" not in stage.values, "Hydra is told once"
 
 
+def test_another_model_group_takes_the_recipes_values_for_the_old_one_away() -> None:
+    stage = resolve(overrides=("model=pythia28",))
+    assert not [key for key in stage.values if key.startswith("model.")]
+    assert stage.model == "pythia28"
+
+
+def test_a_run_without_saferlhf_asks_for_no_rows() -> None:
+    stage = resolve(data="./not/there", overrides=("datasets=[hh,shp]",))
+    assert (stage.data, stage.data_revision) == ("", None)
+    assert stage.get("datasets") == ["hh", "shp"]
+
+
 def test_a_value_set_later_wins_over_an_override() -> None:
     stage = resolve(overrides=("trainer=FSDPTrainer",)).with_values({"trainer": "BasicTrainer"})
     assert stage.trainer == "BasicTrainer"
@@ -139,7 +151,10 @@ def test_a_recipe_without_a_model_asks_for_one() -> None:
 
 def test_a_recipe_by_its_path_with_its_own_data(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text("data: org/rows\ndata_revision: abc\nboth: {model.name_or_path: m, exp_name: e}\nsft: {lr: 5e-7}\n")
+    path.write_text(
+        "data: org/rows\ndata_revision: abc\nboth: {model.name_or_path: m, exp_name: e, datasets: [saferlhf]}\n"
+        "sft: {lr: 5e-7}\n"
+    )
     stage = recipe.resolve("sft", recipe.load(str(path)), recipe.Flags({}), ())
     assert (stage.model, stage.get("lr"), stage.data, stage.data_revision) == ("m", 5e-7, "org/rows", "abc")
     assert stage.recipe == str(path)

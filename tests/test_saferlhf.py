@@ -155,6 +155,9 @@ def test_data_without_a_test_split_is_divided_the_same_way_whatever_its_format(
     train, test = load(path, "train"), load(path, "test")
     assert {**train, **test} == row_by_row(TRAIN)
     assert list(test) == ["prompt 6"], "which prompts are held out may never change: runs would no longer compare"
+    assert saferlhf.split_saferlhf_prompts(pa.table({"prompt": [f"prompt {i}" for i in range(100)]}), "test")[
+        "prompt"
+    ].to_pylist() == ["prompt 19", "prompt 60", "prompt 70"]
 
 
 @given(st.lists(st.sampled_from([f"p{i}" for i in range(60)]), min_size=1, max_size=200), st.randoms())
@@ -165,8 +168,10 @@ def test_split_holds_out_whole_prompts_and_does_not_depend_on_order(prompts: lis
     test, train = split(prompts, "test"), split(prompts, "train")
     assert sorted(test + train) == sorted(prompts)
     assert not set(test) & set(train)
-    n_prompts = len(set(prompts))
-    assert len(set(test)) == -(-n_prompts * 5 // 100)
+    assert test
+    more = split([*prompts, *(f"new {i}" for i in range(50))], "test")
+    if len(set(test)) > 1:
+        assert set(test) <= set(more), "rows that are added move none of the old prompts"
     shuffled = prompts[:]
     random.shuffle(shuffled)
     assert set(split(shuffled, "test")) == set(test)
@@ -210,21 +215,68 @@ def test_a_file_of_another_kind_is_an_error_that_says_which_are_read(load: Any, 
         load(tmp_path / "rows.txt", "train")
 
 
-def test_the_commit_that_a_hub_name_stood_for_is_printed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    info = datasets.DatasetInfo(download_checksums={f"hf://datasets/org/name@{commit}/data/train.jsonl": {}})
-    split = datasets.Dataset.from_list(TRAIN, info=info)
+def test_five_percent_of_many_prompts_are_held_out() -> None:
+    table = pa.table({"prompt": [f"p{i}" for i in range(20_000)]})
+    assert 900 < saferlhf.split_saferlhf_prompts(table, "test").num_rows < 1100
+
+
+def test_texts_that_pandas_takes_for_missing_are_texts(load: Any, tmp_path: Path) -> None:
+    rows = [
+        row(f"p{i}", text, "other") for i, text in enumerate(["None", "N/A", "null", "nan", "NA", "x", "y", "z"] * 3)
+    ]
+    datasets.Dataset.from_list(rows).to_csv(tmp_path / "rows.csv")
+    assert {**load(tmp_path / "rows.csv", "train"), **load(tmp_path / "rows.csv", "test")} == row_by_row(rows)
+
+
+OLD, NEW = "0" * 39 + "1", "0" * 39 + "2"
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache as a machine with a network leaves it, where `v0` was loaded and then `main`; no network now."""
+    hub = tmp_path / "hub" / "datasets--org--name"
+    (hub / "refs").mkdir(parents=True)
+    for revision, commit in (("v0", OLD), ("main", NEW)):
+        (hub / "refs" / revision).write_text(commit)
+        (hub / "snapshots" / commit).mkdir(parents=True)
+        (hub / "snapshots" / commit / "README.md").touch()
+        rows = [{**each, "prompt": f"{revision}: {each['prompt']}"} for each in TRAIN]
+        for split in ("train", "test"):
+            arrow = tmp_path / "datasets" / commit / split
+            datasets.Dataset.from_list(rows).save_to_disk(arrow)
+            (arrow / "data-00000-of-00001.arrow").rename(arrow.parent / f"name-{split}.arrow")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("SAFERLHF_DATASET", "org/name")
-    monkeypatch.setenv("SAFERLHF_REVISION", "v0")
-    asked = []
 
-    def load_dataset(name: str, revision: str, cache_dir: str | None) -> dict[str, datasets.Dataset]:
-        asked.append((name, revision))
-        return {"train": split, "test": split}
+    def newest_in_cache(name: str, revision: str | None, cache_dir: str | None) -> dict[str, datasets.Dataset]:
+        """As `datasets` does without a network: whatever revision is asked for."""
+        folder = tmp_path / "datasets" / NEW
+        return {s: datasets.Dataset.from_file(str(folder / f"name-{s}.arrow")) for s in ("train", "test")}
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset", newest_in_cache)
+    return tmp_path
+
+
+def test_the_commit_that_a_hub_name_stood_for_is_printed(hub_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saferlhf.get_saferlhf("train")
-    assert asked == [("org/name", "v0")]
-    assert f"resolved dataset org/name to revision {commit}" in capsys.readouterr().out
+    assert f"resolved dataset org/name to revision {NEW}" in capsys.readouterr().out
+
+
+def test_rows_of_another_revision_than_was_asked_for_are_refused(
+    hub_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for revision in ("v0", OLD):
+        monkeypatch.setenv("SAFERLHF_REVISION", revision)
+        with pytest.raises(ValueError, match=f"holds commit {NEW}, and {revision} is {OLD}"):
+            saferlhf.get_saferlhf("train", silent=True)
+    for revision in ("main", NEW):
+        monkeypatch.setenv("SAFERLHF_REVISION", revision)
+        assert next(iter(saferlhf.get_saferlhf("train", silent=True))).startswith("main: ")
+
+
+def test_a_revision_that_the_cache_does_not_know_is_refused_offline(
+    hub_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAFERLHF_REVISION", "nonsense")
+    with pytest.raises(ValueError, match="which commit nonsense is cannot be known offline"):
+        saferlhf.get_saferlhf("train", silent=True)

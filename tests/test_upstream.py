@@ -292,10 +292,10 @@ def test_an_empty_folder_is_used(folder: Path, wanted: upstream.Wanted) -> None:
     assert_complete(folder, wanted)
 
 
-@pytest.mark.parametrize("name", ["blanks  and 'quotes\"", "größer 안전", "~ `x` %s;&", "-dash", "a:b"])
+@pytest.mark.parametrize("name", ["blanks  and 'quotes\"", "größer 안전", "~ `x` %s;&", "-dash", "a:b", "back\\slash"])
 def test_any_path_will_do(name: str, tmp_path: Path, source: Path, wanted: upstream.Wanted) -> None:
     folder = tmp_path / name / name
-    copied = tmp_path / name / "source"
+    copied = tmp_path / "source, not 'größer'"
     shutil.copytree(source, copied)
     wanted = replace(wanted, url=str(copied))
     set_up(folder, replace(wanted, minimal=True))

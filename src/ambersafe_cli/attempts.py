@@ -31,7 +31,11 @@ def run(plan: launch.Launch, record: runs.Record) -> int:
         log_file = folder / "train.log"
         if number > 1:
             metrics.begin_attempt(log_file, number)
-        outcome = launch.run(plan, log_file, lambda: display.say(STOPPING))
+        try:
+            outcome = launch.run(plan, log_file, lambda: display.say(STOPPING))
+        except BaseException:
+            runs.write(folder, {**record, "status": "failed", "ended": runs.now()})
+            raise
         return _end(folder, record, outcome)
 
 
@@ -110,7 +114,7 @@ def resume(folder: Path | None, python: str | None, allow_modified: bool) -> int
             raise UsageError("The clone of this run lacks the patch that resumes.", "Start the stage again.")
         command.append(assign("resume", str(checkpoint)))
     display.say(f"going on from {checkpoint}" if checkpoint else "no checkpoint was saved: from the beginning")
-    return run(launch.Launch(folder, tuple(command), record["environment"], ()), record)
+    return run(launch.Launch(folder, tuple(command), record["environment"], 1, ()), record)
 
 
 def _newest_unfinished() -> Path:

@@ -5,7 +5,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -63,6 +63,8 @@ KeepBest = Annotated[
 SaveEvery = Annotated[
     str | None, typer.Option(help="Save between evaluations too: every 5000 examples, or 30m (minutes).")
 ]
+NoPreflight = Annotated[bool, typer.Option("--no-preflight", help="Start without looking first.")]
+AllowModified = Annotated[bool, typer.Option("--allow-modified", help="Go on with a clone that was edited.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the command, start nothing.")]
 Overrides = Annotated[
     list[str] | None,
@@ -106,6 +108,22 @@ def setup(
     reports.setup(folder.absolute(), repo, commit, minimal, force)
 
 
+check = typer.Typer(help="Look at everything that can be known before a stage starts, and show what it will do.")
+app.add_typer(check, name="check")
+
+
+def _stage(name: Literal["sft", "dpo"], ctx: typer.Context) -> int:
+    """Run a stage, or only check it where it stands behind `check`."""
+    from ambersafe_cli import stages
+
+    request = stages.request(name, ctx.params)
+    if ctx.parent and ctx.parent.info_name == "check":
+        stages.check(request, as_json=False)
+        return 0
+    return stages.run(request)
+
+
+@check.command()
 @app.command()
 def sft(
     ctx: typer.Context,
@@ -130,15 +148,16 @@ def sft(
     save_every: SaveEvery = None,
     folder: Clone = DEFAULT_CLONE,
     python: Python = sys.executable,
+    no_preflight: NoPreflight = False,
+    allow_modified: AllowModified = False,
     dry_run: DryRun = False,
     overrides: Overrides = None,
 ) -> int:
     """Fine-tune on the chosen responses: the first stage."""
-    from ambersafe_cli import stages
-
-    return stages.run(stages.request("sft", ctx.params), dry_run)
+    return _stage("sft", ctx)
 
 
+@check.command()
 @app.command()
 def dpo(
     ctx: typer.Context,
@@ -149,7 +168,7 @@ def dpo(
         Path | None,
         typer.Option(help="The policy.pt to start from.", show_default="the newest finished SFT run of this model"),
     ] = None,
-    loss: Annotated[Loss, typer.Option(help="Which loss.")] = Loss.dpo,
+    loss: Annotated[Loss | None, typer.Option(help="Which loss.", show_default="the recipe's, dpo")] = None,
     label_smoothing: Annotated[
         float | None, typer.Option(min=0, max=0.5, help="Share of pairs taken to be flipped (conservative DPO).")
     ] = None,
@@ -174,20 +193,20 @@ def dpo(
     save_every: SaveEvery = None,
     folder: Clone = DEFAULT_CLONE,
     python: Python = sys.executable,
+    no_preflight: NoPreflight = False,
+    allow_modified: AllowModified = False,
     dry_run: DryRun = False,
     overrides: Overrides = None,
 ) -> int:
     """Train on preference pairs, from an SFT checkpoint: the second stage."""
-    from ambersafe_cli import stages
-
-    return stages.run(stages.request("dpo", ctx.params), dry_run)
+    return _stage("dpo", ctx)
 
 
 @app.command()
 def resume(
     run: Run = None,
     python: Annotated[str | None, typer.Option(help="Another interpreter to run train.py.")] = None,
-    allow_modified: Annotated[bool, typer.Option("--allow-modified", help="Even if the clone has changed.")] = False,
+    allow_modified: AllowModified = False,
 ) -> int:
     """Go on with a run that was stopped or killed, from its newest checkpoint."""
     from ambersafe_cli import attempts
@@ -245,6 +264,11 @@ def demo(folder: Clone = DEFAULT_CLONE, repo: Repo = None, python: Python = sys.
 
 def main() -> None:
     """The entry point: one clear message and an exit status of its own for everything that goes wrong."""
+    # Python has no stream where one was closed (2>&-); and a C locale cannot spell every name.
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115, open as long as the process
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     arguments = sys.argv[1:] or ["--help"]
     debug = "--debug" in arguments
     try:
@@ -255,9 +279,6 @@ def main() -> None:
         failure = UsageError(error.format_message(), "`ambersafe COMMAND --help` lists what it takes.")
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
-    except BrokenPipeError:  # who read our answer has seen enough, e.g. head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
     except Exception as error:
         failure = AmberSafeError(
             f"{type(error).__name__}: {error}", "This is a defect of ambersafe: please report it with --debug's output."

@@ -86,7 +86,7 @@ def _innermost(error: BaseException) -> str:
     """What went wrong first: `datasets` wraps the error of a reader into one that says little."""
     while cause := error.__cause__:
         error = cause
-    return f"{error}".strip() or type(error).__name__
+    return f"{error}".strip() or ("it has no rows" if isinstance(error, StopIteration) else type(error).__name__)
 
 
 def _hint(error: Exception) -> str:

@@ -36,6 +36,13 @@ def fail(error: AmberSafeError) -> None:
         say(f"  {error.hint}")
 
 
+def find(level: str, what: str, mend: str) -> None:
+    """A finding of preflight: an error or a warning, and what to change."""
+    say(f"{_styled(f'{level}:', '31' if level == 'error' else '33')} {what}")
+    if mend:
+        say(f"  {mend}")
+
+
 def write(text: str) -> None:
     """A line of the answer itself."""
     print(text, flush=True)

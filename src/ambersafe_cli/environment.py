@@ -1,5 +1,6 @@
 """What the interpreter that runs train.py has, packages and GPUs: asked of a child that imports none of them."""
 
+import contextlib
 import json
 import os
 import re
@@ -67,8 +68,11 @@ class TrainingEnvironment:
             raise TrainingEnvironmentError(f"{self.python} lacks {', '.join(self.missing)}.", INSTALL_HINT)
 
 
-def probe(python: str) -> TrainingEnvironment:
-    """Ask an interpreter, a path or a name on PATH, what it has. Raises TrainingEnvironmentError if it cannot say."""
+def probe(python: str, ask_torch: bool = False) -> TrainingEnvironment:
+    """Ask an interpreter, a path or a name on PATH, what it has. Raises TrainingEnvironmentError if it cannot say.
+
+    For the GPUs it asks the driver's own tool, which is quick, or torch, which knows better whether they can be used.
+    """
     path = shutil.which(Path(python).expanduser())
     if path is None:
         raise TrainingEnvironmentError(f"There is no interpreter {python}.", "--python takes the path of a Python.")
@@ -83,8 +87,17 @@ def probe(python: str) -> TrainingEnvironment:
         raise TrainingEnvironmentError(
             f"{path} does not work as a Python interpreter: {said}", "--python takes the path of a Python."
         ) from error
-    gpus = _visible_gpus() if answer["cuda"] else ()
+    gpus = () if not answer["cuda"] else _torchs_gpus(path) if ask_torch else _visible_gpus()
     return TrainingEnvironment(path, answer["python"], answer["versions"], answer["cuda"], gpus)
+
+
+def _torchs_gpus(python: str) -> tuple[str, ...]:
+    """The names of the GPUs that torch itself can use. Takes the seconds that importing it takes."""
+    code = "import torch; print(*(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())), sep='\\n')"
+    child = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+    if child.returncode:
+        raise TrainingEnvironmentError(f"{python} cannot import torch: {child.stderr.strip()}", INSTALL_HINT)
+    return tuple(filter(None, child.stdout.split("\n")))
 
 
 def _visible_gpus() -> tuple[str, ...]:
@@ -95,8 +108,9 @@ def _visible_gpus() -> tuple[str, ...]:
         (["rocm-smi", "--showproductname"], r"Card Series:\s*(.+)"),
     ):
         if not names and shutil.which(command[0]):
-            listed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-            names = re.findall(line, listed.stdout, flags=re.MULTILINE)
+            with contextlib.suppress(OSError, subprocess.SubprocessError):
+                listed = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+                names = re.findall(line, listed.stdout, flags=re.MULTILINE)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return tuple(names)

@@ -88,6 +88,13 @@ class RunFolderError(AmberSafeError):
     kind = "the run folder cannot be made or written"
 
 
+class PreflightError(AmberSafeError):
+    """Preflight found what would stop or spoil the run."""
+
+    exit_status = 76
+    kind = "preflight found what would stop or spoil the run"
+
+
 class NoCheckpointError(AmberSafeError):
     """train.py ended with exit status 0 but left no checkpoint."""
 

@@ -1,6 +1,7 @@
 """The child process: the command that runs train.py, and running it with its output, its signals and its end."""
 
 import contextlib
+import ctypes
 import os
 import shlex
 import signal
@@ -29,7 +30,8 @@ TORCHRUN_PATCH = "Join the process group that torchrun made"
 
 @dataclass(frozen=True)
 class Launch:
-    """A command that is ready to start: its run's folder, its arguments, and what it adds to the environment.
+    """A command that is ready to start: its run's folder, its arguments, and what it adds to the environment, and how
+    many processes it will train in.
 
     `notes` say what was changed to suit the machine or the clone.
     """
@@ -37,12 +39,13 @@ class Launch:
     run_folder: Path
     argv: tuple[str, ...]
     environment: Mapping[str, str]
+    processes: int
     notes: tuple[str, ...]
 
     def as_shell(self) -> str:
         """The same as one line for a shell."""
-        settings = [f"{key}={value}" for key, value in self.environment.items()]
-        return f"mkdir -p {shlex.quote(str(self.run_folder))} && {shlex.join(['env', *settings, *self.argv])}"
+        settings = " ".join(f"{key}={shlex.quote(value)}" for key, value in self.environment.items())
+        return f"mkdir -p {shlex.quote(str(self.run_folder))} && {settings} {shlex.join(self.argv)}"
 
 
 def plan(
@@ -79,7 +82,16 @@ def plan(
         notes.append(f"{key} is left away: the patch that adds it is not in {clone.folder}.")
     stage = stage.without(unknown)
 
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    # -P: or a file in the working folder that is called like a module is taken for it.
+    version = tuple(int(part) for part in environment.python_version.split(".")[:2])
+    torchrun = [
+        *(["-P"] if version >= (3, 11) else []),
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+    ]
     argv = [environment.python, *(torchrun if can_torchrun and "FSDP" in stage.trainer else []), str(clone.train_py)]
     argv += [assign(key, value) for key, value in stage.values.items()]
     argv += [assign("local_run_dir", str(run_folder)), assign("hydra.run.dir", str(run_folder / "hydra"))]
@@ -87,7 +99,7 @@ def plan(
     settings = {"SAFERLHF_DATASET": stage.data, "SAFERLHF_REVISION": stage.data_revision or "", "PYTHONUNBUFFERED": "1"}
     if user_name().startswith("uid-"):
         settings["LOGNAME"] = user_name()  # upstream's getpass.getuser() would raise KeyError
-    return stage, Launch(run_folder, tuple(argv), settings, tuple(notes))
+    return stage, Launch(run_folder, tuple(argv), settings, processes or 1, tuple(notes))
 
 
 @dataclass(frozen=True)
@@ -119,6 +131,7 @@ def run(launch: Launch, log: Path, on_signal: Callable[[], None]) -> Outcome:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,  # a Ctrl-C of the terminal reaches us alone, and we pass it on
+            preexec_fn=_end_with_parent,
         )
         assert child.stdout and child.stderr  # noqa: S101, for mypy: both are pipes
         write_log = _line_writer(log_file)
@@ -133,11 +146,17 @@ def run(launch: Launch, log: Path, on_signal: Callable[[], None]) -> Outcome:
         finally:
             _kill_all(child, mark)
         for pump in pumps:
-            pump.join(timeout=10)
+            pump.join(timeout=5)
     if received:
         return Outcome(128 + received[0], interrupted=True)
     status = child.returncode
     return Outcome(status if status >= 0 else 128 - status, interrupted=False)
+
+
+def _end_with_parent() -> None:
+    """Have Linux send SIGTERM to this process when the one that started it has gone, be it by kill -9."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 @contextlib.contextmanager
@@ -148,7 +167,9 @@ def _signals() -> Iterator[list[int]]:
     def collect(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
-    old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    # SIGQUIT is Ctrl-\\; the last two are what schedulers can be told to send before they end a job.
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+    old = {number: signal.getsignal(number) for number in numbers}
     for number, handler in old.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, collect)
@@ -175,7 +196,7 @@ def _wait(child: "subprocess.Popen[bytes]", received: Sequence[int], pass_on: Ca
 
 def _pass_on(child: "subprocess.Popen[bytes]", mark: str, number: int, on_signal: Callable[[], None]) -> None:
     """Send a signal to the processes that train: torchrun itself would only kill them."""
-    number = signal.SIGTERM if number == signal.SIGHUP else number
+    number = number if number == signal.SIGINT else signal.SIGTERM
     workers = [pid for pid in _marked(mark) if _parent(pid) == child.pid]
     is_torchrun = "torch.distributed.run" in child.args  # type: ignore[operator]
     for pid in workers if is_torchrun and workers else [child.pid]:
@@ -200,8 +221,9 @@ def _kill_all(child: "subprocess.Popen[bytes]", mark: str) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)  # without /proc, at least the child's own session
+    if child.poll() is None:  # without /proc: at least the child's own session
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
     child.wait()
 
 
@@ -228,22 +250,30 @@ def _line_writer(log: BinaryIO) -> Callable[[bytes], None]:
     return write
 
 
-def _pump(source: IO[bytes], target: IO[str], write_log: Callable[[bytes], None]) -> None:
-    """Pass bytes on as they come; into the log, which two streams share, only whole lines."""
+def _pump(source: IO[bytes], target: IO[str] | None, write_log: Callable[[bytes], None]) -> None:
+    """Pass bytes on as they come; into the log, which two streams share, only whole lines, or states of a bar.
+
+    Whatever happens to the target, the source is read to its end: a child that cannot write would wait for ever.
+    """
     rest = b""
-    shows = True
+    shown = True
     while data := os.read(source.fileno(), 65536):
-        if shows:
-            try:
-                target.buffer.write(data)  # type: ignore[attr-defined]
-                target.flush()
-            except (OSError, ValueError):
-                shows = False  # the terminal is gone; the training and its log go on
-        *lines, rest = (rest + data).split(b"\n")
-        if lines:
-            write_log(b"\n".join(lines) + b"\n")
+        shown = shown and _show(target, data)
+        end = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
+        if end:
+            write_log(rest + data[:end])
+            rest = b""
+        rest += data[end:]
     if rest:
         write_log(rest + b"\n")
-        if shows:
-            with contextlib.suppress(OSError, ValueError):
-                print(file=target, flush=True)  # what we say next begins a line of its own
+        _show(target, b"\n")  # what we say next begins a line of its own
+
+
+def _show(target: IO[str] | None, data: bytes) -> bool:
+    """Write to a standard stream; False if it is gone, which is no reason for the training to stop."""
+    try:
+        target.buffer.write(data)  # type: ignore[union-attr]
+        target.flush()  # type: ignore[union-attr]
+    except (OSError, ValueError, AttributeError):
+        return False
+    return True

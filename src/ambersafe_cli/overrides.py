@@ -22,7 +22,7 @@ _OVERRIDE = re.compile(r"(?P<prefix>\+\+|\+|~)?(?P<key>[A-Za-z_][\w./@-]*)(?:=(?
 @dataclass(frozen=True)
 class Override:
     """A KEY=VALUE of the user's: `text` goes to train.py as it stands, `value` is what Hydra will make of it, if that
-    is a plain one (else None)."""
+    is a plain one, or a list of them (else None)."""
 
     text: str
     key: str
@@ -62,7 +62,7 @@ def quote(value: Value) -> str:
     if _PLAIN.fullmatch(value) and value.lower() not in _WORDS_WITH_A_MEANING:
         return value
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)  # backslashes count only in front of a quote
-    escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
+    escaped = re.sub(r"(\\+)\Z", r"\1\1", escaped)
     return f"'{escaped}'"
 
 
@@ -87,12 +87,13 @@ def _parse(text: str) -> Override:
 
 
 def _read_value(text: str) -> Value:
-    """Read a number, a word or a quoted text as Hydra does; None for null and for anything that is built of several."""
+    """Read a number, a word or a quoted text as Hydra does; or a list of them; None for null and all else."""
     text = text.strip()
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
-        return re.sub(rf"(\\+)(?={text[0]}|$)", lambda m: "\\" * (len(m[1]) // 2), text[1:-1])
+        return re.sub(rf"(\\+)(?={text[0]}|\\Z)", lambda m: "\\" * (len(m[1]) // 2), text[1:-1])
     try:
         value = read_yaml(text)
     except yaml.YAMLError:
         return text
-    return value if isinstance(value, str | int | float | bool) else None
+    is_list = isinstance(value, list) and all(isinstance(item, str | int | float | bool) for item in value)
+    return value if isinstance(value, str | int | float | bool) or is_list else None  # type: ignore[return-value]

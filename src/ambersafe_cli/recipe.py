@@ -20,6 +20,9 @@ FOLDER = Path(__file__).parent / "recipes"
 DEFAULT = "ambersafe"
 HUB_DATASET = "PKU-Alignment/PKU-SafeRLHF"
 
+UPSTREAMS_MAX_PROMPT_LENGTH = 256
+TRAINERS = ("FSDPTrainer", "BasicTrainer", "TensorParallelTrainer")
+
 StageName = Literal["sft", "dpo"]
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
@@ -51,7 +54,8 @@ class Stage:
     """One training run, fully resolved.
 
     `values` are the recipe's and the flags', by upstream's key, without those that an override replaces; `explicit` are
-    the keys among them that a flag set; `data` is a path or a name on the hub.
+    the keys among them that a flag set; `data` is a path or a name on the hub,
+    or empty where the run does not use saferlhf.
     """
 
     name: StageName
@@ -78,8 +82,8 @@ class Stage:
 
     @property
     def model(self) -> str:
-        """The model's name on the hub, or its path."""
-        return str(self.get("model.name_or_path"))
+        """The model's name on the hub, or its path; of upstream's own models, such as model=pythia28, that name."""
+        return str(self.get("model.name_or_path") or self.get("model"))
 
     @property
     def trainer(self) -> str:
@@ -147,10 +151,17 @@ def resolve(name: StageName, recipe: Recipe, flags: Flags, override_texts: Seque
     """
     overrides = parse_overrides(override_texts)
     overridden = {override.key for override in overrides}
-    values = {k: v for k, v in {**recipe.values[name], **flags.values}.items() if k not in overridden}
-    data, data_revision = resolve_data(recipe, flags)
+    # With another group, e.g. model=pythia28, the recipe's values for the old one (model.name_or_path, …) go too.
+    group = "model." if "model" in overridden else None
+    kept = {key: value for key, value in recipe.values[name].items() if not (group and key.startswith(group))}
+    values = {key: value for key, value in {**kept, **flags.values}.items() if key not in overridden}
+    given = {override.key: override.value for override in overrides}.get("datasets", values.get("datasets"))
+    uses_saferlhf = isinstance(given, list) and "saferlhf" in given
+    data, data_revision = resolve_data(recipe, flags) if uses_saferlhf else ("", None)
     stage = Stage(name, recipe.source, values, frozenset(flags.values), overrides, data, data_revision)
     _check(stage)
+    if not stage.get("model.name_or_path"):
+        return stage
     return stage.with_values({"model.name_or_path": _absolute_if_local(stage.model)})
 
 
@@ -176,13 +187,20 @@ def resolve_data(recipe: Recipe, flags: Flags) -> tuple[str, str | None]:
 
 
 def _check(stage: Stage) -> None:
-    if not stage.get("model.name_or_path"):
+    if not stage.get("model.name_or_path") and stage.get("model") in (None, "blank_model"):
         raise UsageError(f"The recipe {stage.recipe} names no model.", "Give --model NAME_OR_PATH.")
     if stage.get("loss") not in (stage.name, None):
         raise UsageError(f"`ambersafe {stage.name}` trains with loss={stage.name}, not loss={stage.get('loss')}.")
-    if stage.name == "dpo" and stage.get("loss.beta") is None:
-        raise UsageError(f"The recipe {stage.recipe} has no loss.beta.", "Give --beta, e.g. --beta 0.1.")
-    longest, prompt = stage.get("max_length"), stage.get("max_prompt_length")
+    beta = stage.get("loss.beta")
+    if stage.name == "dpo" and (not isinstance(beta, int | float) or beta <= 0):
+        raise UsageError(f"loss.beta must be a number above 0, it is {beta}.", "Give --beta, e.g. --beta 0.1.")
+    if stage.get("loss.name") == "ipo" and stage.get("loss.label_smoothing"):
+        raise UsageError("Upstream's IPO loss has no label smoothing.", "Leave --label-smoothing or --loss ipo away.")
+    if stage.trainer not in TRAINERS:
+        raise UsageError(f"There is no trainer {stage.trainer}.", f"Upstream has {', '.join(TRAINERS)}.")
+    if Path(stage.model).expanduser().is_dir() and stage.get("model.revision"):
+        raise UsageError(f"--model-revision picks a revision on the hub, but {stage.model} is a local folder.")
+    longest, prompt = stage.get("max_length"), stage.get("max_prompt_length") or UPSTREAMS_MAX_PROMPT_LENGTH
     if isinstance(longest, int) and isinstance(prompt, int) and longest <= prompt:
         raise UsageError(
             f"max_length is {longest}, and max_prompt_length {prompt} of it: nothing is left for a response.",

@@ -25,6 +25,8 @@ def setup(folder: Path, repo: str | None, commit: str | None, minimal: bool, for
     for place in result.saved:
         display.warn(f"kept {place}")
     what = f"{folder} is upstream {str(state.base)[:12]} with {len(wanted.patches)} patches, at {state.head[:12]}"
+    if repo and not result.changed and repo != state.url:
+        display.warn(f"--repo {upstream.without_secrets(repo)} was not needed: the clone came from {state.url}")
     display.say(f"{what}." if result.changed else f"Nothing to do: {what} already.")
     if result.changed:
         display.say("next: `ambersafe sft`, or `ambersafe demo` to try it first")

@@ -136,12 +136,13 @@ def list_runs() -> list[Run]:
     return sorted(found, key=lambda run: str(run.record["started"]))
 
 
-def newest_finished_sft(model: str) -> Path:
+def newest_finished_sft(model: str, revision: str | None) -> Path:
     """The folder of the newest SFT run of this model that came to its end. Raises ArchiveError if there is none."""
     found = [
         run.folder
         for run in list_runs()
-        if (run.record["stage"], run.record["status"], run.record["model"]["name"]) == ("sft", "finished", model)
+        if (run.record["stage"], run.status) == ("sft", "finished")
+        and (run.record["model"]["name"], run.record["model"]["revision"]) == (model, revision)
         and checkpoint(run.folder).is_file()
     ]
     if not found:

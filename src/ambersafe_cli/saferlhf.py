@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -35,18 +36,48 @@ def open_saferlhf(source: str, revision: str | None, cache_dir: str | None) -> d
     Raises ValueError for a file of another kind, and whatever `datasets` raises for what it cannot find or read.
     """
     if not os.path.exists(source):
-        return dict(datasets.load_dataset(source, revision=revision, cache_dir=cache_dir))
+        return open_saferlhf_on_hub(source, revision, cache_dir)
     if os.path.isfile(source):
         ending = os.path.splitext(source)[1].lower()
         if ending not in SAFERLHF_FILES:
             raise ValueError(f"{source}: a data file ends in {', '.join(SAFERLHF_FILES)}, not in '{ending}'")
-        return dict(datasets.load_dataset(SAFERLHF_FILES[ending], data_files=glob.escape(source), cache_dir=cache_dir))
+        # Or pandas takes a response of "None" or "N/A" for one that is missing.
+        options = {"keep_default_na": False} if ending == ".csv" else {}
+        files = glob.escape(source)
+        return dict(datasets.load_dataset(SAFERLHF_FILES[ending], data_files=files, cache_dir=cache_dir, **options))
     if {"dataset_dict.json", "state.json"} & set(os.listdir(source)):
         saved = datasets.load_from_disk(source)
         return dict(saved) if isinstance(saved, datasets.DatasetDict) else {"train": saved}
     if "[" in source:
         raise ValueError(f"{source}: `datasets` takes the [ for a pattern; rename the folder")
     return dict(datasets.load_dataset(source, cache_dir=cache_dir))
+
+
+def open_saferlhf_on_hub(name: str, revision: str | None, cache_dir: str | None) -> dict[str, datasets.Dataset]:
+    """Open a dataset on the Hugging Face hub at a branch, tag or commit, or what the cache holds of just that commit.
+
+    Without a network `datasets` takes the newest version in its cache, whatever revision was asked for: what the name
+    stands for is asked of the hub's cache, which keeps it from the last time that there was a network.
+    Raises ValueError if the rows are not those of the revision, or that cannot be known.
+    """
+    try:
+        card = huggingface_hub.hf_hub_download(name, "README.md", repo_type="dataset", revision=revision)
+        wanted: str | None = os.path.basename(os.path.dirname(card))
+    except (huggingface_hub.errors.EntryNotFoundError, huggingface_hub.errors.LocalEntryNotFoundError):
+        wanted = revision if re.fullmatch("[0-9a-f]{40}", revision or "") else None
+    splits = dict(datasets.load_dataset(name, revision=wanted or revision, cache_dir=cache_dir))
+    found = saferlhf_commit(next(iter(splits.values())))
+    if wanted and found and found != wanted:
+        raise ValueError(f"{name}: the cache holds commit {found}, and {revision or 'main'} is {wanted}")
+    if revision and not wanted and os.environ.get("HF_HUB_OFFLINE"):
+        raise ValueError(f"{name}: which commit {revision} is cannot be known offline; load it once with a network")
+    return splits
+
+
+def saferlhf_commit(dataset: datasets.Dataset) -> str | None:
+    """The commit that rows from the hub are of: `datasets` names the folder of its cache after it."""
+    folders = [os.path.basename(os.path.dirname(file["filename"])) for file in dataset.cache_files]
+    return next((folder for folder in folders if re.fullmatch("[0-9a-f]{40}", folder)), None)
 
 
 def select_saferlhf_columns(dataset: datasets.Dataset, where: str) -> pa.Table:
@@ -71,13 +102,15 @@ def select_saferlhf_columns(dataset: datasets.Dataset, where: str) -> pa.Table:
 def split_saferlhf_prompts(table: pa.Table, split: str) -> pa.Table:
     """Return the train or the test rows of a table that came without a test split.
 
-    The test split is 5 % of the prompts, at least one: those whose SHA-256 is lowest. Whole prompts, the same ones on
-    every machine and in any order of the rows.
+    The test split is 5 % of the prompts: those whose SHA-256 is in the lowest 5 % of all values, or else the lowest.
+    So whether a prompt is held out depends on nothing but itself: not on machine, order, or rows that are added.
     """
-    prompts = sorted(table["prompt"].unique().to_pylist(), key=lambda p: hashlib.sha256(p.encode()).digest())
-    n_test = -(-len(prompts) * SAFERLHF_TEST_PERCENT // 100)
-    test_prompts = pa.array(prompts[:n_test], type=table.schema.field("prompt").type)
-    in_test = pc.is_in(table["prompt"], value_set=test_prompts)
+    hashes = {prompt: hashlib.sha256(prompt.encode()).digest() for prompt in table["prompt"].unique().to_pylist()}
+    limit = bytes([256 * SAFERLHF_TEST_PERCENT // 100, (65536 * SAFERLHF_TEST_PERCENT // 100) % 256])
+    test_prompts = [prompt for prompt, value in hashes.items() if value < limit] or sorted(
+        hashes, key=lambda p: hashes[p]
+    )[:1]
+    in_test = pc.is_in(table["prompt"], value_set=pa.array(test_prompts, type=table.schema.field("prompt").type))
     return table.filter(in_test if split == "test" else pc.invert(in_test))
 
 
@@ -97,10 +130,9 @@ def load_saferlhf(split: str, silent: bool = False, cache_dir: str | None = None
         raise ValueError(f"{where}: no such split; it has {', '.join(splits)}")
     dataset = splits["train" if is_whole else split]
 
-    # `datasets` keeps no field for the commit that a branch or tag stood for, but it is in the address of each file.
-    commits = re.findall(r"@([0-9a-f]{40})/", " ".join(dataset.info.download_checksums or {}))
-    if commits and not silent:
-        print(f"resolved dataset {source} to revision {commits[0]}")
+    commit = saferlhf_commit(dataset)
+    if commit and not os.path.exists(source) and not silent:
+        print(f"resolved dataset {source} to revision {commit}")
 
     table = select_saferlhf_columns(dataset, where)
     return split_saferlhf_prompts(table, split) if is_whole else table

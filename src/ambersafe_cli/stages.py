@@ -1,14 +1,15 @@
 """One stage from the command line to a finished run: everything between the flags and the exit status."""
 
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ambersafe_cli import __version__, attempts, display, environment, launch, patches, runs, upstream
+from ambersafe_cli import __version__, attempts, display, environment, launch, patches, preflight, runs, upstream
 from ambersafe_cli import recipe as recipes
-from ambersafe_cli.errors import ArchiveError, CloneError, UsageError
+from ambersafe_cli.errors import ArchiveError, CloneError, PreflightError, UsageError
 
 if TYPE_CHECKING:
     from ambersafe_cli.overrides import Value
@@ -29,6 +30,10 @@ class Request:
     python: str
     processes: int | None
     archive: Path | None = None
+    carried: tuple[str, ...] = ()
+    dry_run: bool = False
+    preflight: bool = True
+    allow_modified: bool = False
 
 
 # What the flags of both commands set in upstream's config, as they stand.
@@ -56,8 +61,8 @@ def request(stage: recipes.StageName, params: Mapping[str, Any]) -> Request:
     if params["bf16"]:
         # Never policy_dtype=bfloat16: in bfloat16 weights an update at a learning rate of 5e-7 rounds away.
         values["model.fsdp_policy_mp"] = "bfloat16"
-    if params.get("loss") == "ipo":
-        values["loss.name"] = "ipo"
+    if params.get("loss"):
+        values["loss.name"] = str(params["loss"])
     if params["keep"]:
         values["keep_checkpoints"] = None if params["keep"] == "all" else _number(params["keep"], "--keep")
     if params["save_every"]:
@@ -73,6 +78,10 @@ def request(stage: recipes.StageName, params: Mapping[str, Any]) -> Request:
         python=params["python"],
         processes=params["nproc"],
         archive=params.get("archive"),
+        carried=_carried(params),
+        dry_run=params["dry_run"],
+        preflight=not params["no_preflight"],
+        allow_modified=params["allow_modified"],
     )
 
 
@@ -82,14 +91,51 @@ def _number(text: str, flag: str) -> int:
     return int(text)
 
 
-def run(request: Request, dry_run: bool) -> int:
+def run(request: Request) -> int:
     """Do what `ambersafe sft` or `ambersafe dpo` was asked for; return the exit status. Raises AmberSafeError."""
     prepared = prepare(request)
-    if dry_run:
+    if request.dry_run:
         _show_notes(prepared)
         display.write(prepared.launch.as_shell())
         return 0
+    if request.preflight:
+        _require(_preflight(prepared))
     return start(prepared)
+
+
+def check(request: Request, as_json: bool) -> None:
+    """`ambersafe check`: show what preflight finds and what the run would do. Raises PreflightError for an error."""
+    prepared = prepare(request)
+    report = _preflight(prepared)
+    if as_json:
+        display.write_json(asdict(report))
+    else:
+        _show_notes(prepared)
+        if report.plan:
+            display.write_table("What this run will do", ("", ""), preflight.describe(report.plan))
+    _require(report)
+
+
+def _preflight(prepared: "Prepared") -> preflight.Report:
+    subject = preflight.Subject(
+        stage=prepared.stage,
+        clone=prepared.clone,
+        environment=prepared.environment,
+        run_folder=prepared.launch.run_folder,
+        processes=prepared.launch.processes,
+        expected_base=upstream.PINNED_COMMIT,
+        allow_modified=prepared.allow_modified,
+    )
+    return preflight.check(subject)
+
+
+def _require(report: preflight.Report) -> None:
+    """Show what was found. Raises PreflightError if an error is among it."""
+    for finding in report.findings:
+        display.find(finding.level, finding.what, finding.mend)
+    if report.errors:
+        count = "1 error" if len(report.errors) == 1 else f"{len(report.errors)} errors"
+        raise PreflightError(f"Not started: preflight found {count}.", "--no-preflight starts without these checks.")
 
 
 def start(prepared: "Prepared") -> int:
@@ -112,6 +158,7 @@ class Prepared:
     environment: environment.TrainingEnvironment
     sft_run: Path | None
     next_command: list[str]
+    allow_modified: bool
 
 
 def prepare(request: Request) -> Prepared:
@@ -119,7 +166,7 @@ def prepare(request: Request) -> Prepared:
     chosen = recipes.load(request.recipe)
     stage = recipes.resolve(request.stage, chosen, request.flags, request.overrides)
     clone = upstream.inspect(request.clone, patches.read_series())
-    if stage.get("datasets") in (["saferlhf"], None) and not _has(clone, SAFERLHF_PATCH):
+    if stage.data and not _has(clone, SAFERLHF_PATCH):
         raise CloneError(f"{clone.folder} lacks the patch that adds saferlhf.", "Apply it: `ambersafe setup`.")
     sft_run = None
     if request.stage == "dpo":
@@ -127,38 +174,43 @@ def prepare(request: Request) -> Prepared:
         stage = stage.with_values({"model.archive": str(archive)})
     given = stage.get("local_run_dir")
     folder = Path(str(given)).expanduser().absolute() if given else runs.folder_for(str(stage.get("exp_name")))
-    child = environment.probe(request.python)
+    child = environment.probe(request.python, ask_torch=not request.dry_run)
     stage, plan = launch.plan(stage, clone, child, folder, request.processes)
-    return Prepared(stage, plan, clone, chosen, child, sft_run, _next_command(request, stage, plan))
+    return Prepared(
+        stage, plan, clone, chosen, child, sft_run, _next_command(request, stage, plan), request.allow_modified
+    )
 
 
-# What turns the end of DPO into a folder that every other tool loads.
-_TO_HUGGING_FACE = (
-    "import sys, torch, transformers as t; model, checkpoint, folder = sys.argv[1:]; "
-    "policy = t.AutoModelForCausalLM.from_pretrained(model); "
-    "policy.load_state_dict(torch.load(checkpoint, map_location='cpu')['state']); "
-    "policy.save_pretrained(folder); t.AutoTokenizer.from_pretrained(model).save_pretrained(folder)"
-)
+# What DPO needs told again if SFT was told it: where things are and how long texts may be, but not how to train.
+_CARRIED_FLAGS = (
+    "recipe", "model", "model_revision", "data", "data_revision", "max_length", "trainer", "wandb", "nproc", "keep",
+    "save_every", "python",
+)  # fmt: skip
+_CARRIED_KEYS = ("model.", "datasets", "max_", "eval_batch_size", "n_eval_examples", "fsdp_port")
+_EXPORT = Path(__file__).parent / "children" / "to_hugging_face.py"
+
+
+def _carried(params: Mapping[str, Any]) -> tuple[str, ...]:
+    """The part of a command line that holds for the other stage as well."""
+    defaults = {"recipe": recipes.DEFAULT, "python": sys.executable}
+    given = {flag: params[flag] for flag in _CARRIED_FLAGS if params[flag] not in (None, defaults.get(flag))}
+    wandb = given.pop("wandb", None)
+    words = [word for flag, value in given.items() for word in (f"--{flag.replace('_', '-')}", str(value))]
+    words += ["--wandb"] if wandb else []
+    words += ["--bf16"] if params["bf16"] else []
+    if params["folder"].absolute() != Path.cwd() / upstream.DEFAULT_FOLDER:
+        words += ["--dir", str(params["folder"])]
+    overrides = [text for text in params["overrides"] or () if text.lstrip("+").startswith(_CARRIED_KEYS)]
+    return (*words, *overrides)
 
 
 def _next_command(request: Request, stage: recipes.Stage, plan: launch.Launch) -> list[str]:
     """What to type next: after SFT the DPO stage alike, after DPO what makes a Hugging Face folder."""
     checkpoint = str(runs.checkpoint(plan.run_folder))
     if request.stage == "dpo":
-        folder = str(plan.run_folder / "hugging_face")
-        return [plan.argv[0], "-c", _TO_HUGGING_FACE, stage.model, checkpoint, folder]
-    options = {
-        "--recipe": None if request.recipe == recipes.DEFAULT else request.recipe,
-        "--model": request.flags.values.get("model.name_or_path"),
-        "--model-revision": request.flags.values.get("model.revision"),
-        "--data": request.flags.data,
-        "--data-revision": request.flags.data_revision,
-        "--nproc": request.processes,
-        "--archive": checkpoint,
-        "--dir": None if request.clone == Path.cwd() / upstream.DEFAULT_FOLDER else request.clone,
-    }
-    given = [str(part) for flag, value in options.items() if value is not None for part in (flag, value)]
-    return ["ambersafe", "dpo", *given]
+        revision = str(stage.get("model.revision") or "main")
+        return [plan.argv[0], str(_EXPORT), stage.model, revision, checkpoint, str(plan.run_folder / "hugging_face")]
+    return ["ambersafe", "dpo", "--archive", checkpoint, *request.carried]
 
 
 def _has(clone: upstream.CloneState, subject: str) -> bool:
@@ -170,21 +222,21 @@ def _archive(stage: recipes.Stage, flag: Path | None) -> tuple[Path, Path | None
     given = flag or stage.get("model.archive")
     if given:
         path = Path(str(given)).expanduser().absolute()
-        path = runs.checkpoint(path) if path.is_dir() else path
+        if path.is_dir():
+            path = path / "policy.pt" if (path / "policy.pt").is_file() else runs.checkpoint(path)
         if not path.is_file():
             raise ArchiveError(f"There is no checkpoint {path}.", "--archive takes a policy.pt, or a run's folder.")
-        return path, None
-    run = runs.newest_finished_sft(stage.model)
+        record = runs.read(path.parent.parent)
+        return path, path.parent.parent if record and record["stage"] == "sft" else None
+    revision = stage.get("model.revision")
+    run = runs.newest_finished_sft(stage.model, str(revision) if revision else None)
+    display.say(f"from the newest SFT run of this model: {run}")
     return runs.checkpoint(run), run
 
 
 def _show_notes(prepared: Prepared) -> None:
     for note in prepared.launch.notes:
         display.warn(note)
-    if prepared.sft_run:
-        display.say(f"from the newest SFT run of this model: {prepared.sft_run}")
-    if prepared.clone.edited:
-        display.warn(f"the clone has local edits: {', '.join(prepared.clone.edited)}")
 
 
 def _record(prepared: Prepared) -> dict[str, Any]:

@@ -170,6 +170,8 @@ def open_clone(folder: Path) -> git.Repo:
         repo = _own(git.Repo(folder))
     except (git.InvalidGitRepositoryError, git.NoSuchPathError) as error:
         raise foreign from error
+    with _git_errors(f"Looking at {folder}"):
+        repo.git.rev_parse("--git-dir")  # fails where git does not trust the folder, e.g. another user's, and says why
     if repo.bare or not _has_commit(repo, "HEAD") or not _holds(repo, "HEAD:train.py"):
         raise foreign
     return repo
@@ -416,7 +418,7 @@ def _update(repo: git.Repo, folder: Path, wanted: Wanted, force: bool, progress:
         )
     if not force:
         _refuse_to_lose(state, base)
-    target = _build(repo, folder, base, wanted.patches, progress)
+    target = _build(repo, base, wanted.patches, progress)
     untracked = _in_the_way(repo, folder, target, _changed(repo, "--diff-filter=A", "HEAD", target))
     untracked = [file for file in untracked if file not in state.edited]
     if untracked and not force:
@@ -431,11 +433,13 @@ def _update(repo: git.Repo, folder: Path, wanted: Wanted, force: bool, progress:
     return SetupResult(_inspect(repo, folder, wanted.series), changed=True, saved=saved)
 
 
-def _build(repo: git.Repo, folder: Path, base: str, patches: Sequence[Patch], progress: Progress) -> str:
+def _build(repo: git.Repo, base: str, patches: Sequence[Patch], progress: Progress) -> str:
     """Make the patched commit in a scratch clone, bring it into `repo`, and return its id."""
     progress("patching", 0.0)
     with tempfile.TemporaryDirectory() as scratch_folder:
-        scratch = git.Repo.clone_from(str(folder.resolve()), scratch_folder, shared=True, no_checkout=True)
+        # Not GitPython's clone_from, which writes a path with a quote or a backslash in it down wrong.
+        repo.git.clone("--quiet", "--shared", "--no-checkout", ".", scratch_folder)
+        scratch = git.Repo(scratch_folder)
         _own(scratch).git.checkout("--quiet", "--detach", base)
         apply_patches(scratch, [patch.path for patch in patches])
         target = str(scratch.head.commit.hexsha)

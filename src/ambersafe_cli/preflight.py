@@ -1,0 +1,404 @@
+"""Everything that can be known before a model is loaded: findings, all at once, and the plan of what a run will do."""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+
+from ambersafe_cli import checkpoints
+from ambersafe_cli.environment import INSTALL_HINT
+from ambersafe_cli.errors import ArchiveError, CloneError
+from ambersafe_cli.overrides import Value, read_yaml
+
+if TYPE_CHECKING:
+    from ambersafe_cli.environment import TrainingEnvironment
+    from ambersafe_cli.recipe import Stage
+    from ambersafe_cli.upstream import CloneState
+
+SAMPLE = 20_000
+"""How many pairs of a split are tokenized to measure what is cut; all of them if there are no more."""
+
+_LOOK_AT_DATA = Path(__file__).parent / "children" / "look_at_data.py"
+_SAFERLHF = Path(__file__).parent / "saferlhf.py"
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
+_OPTIMIZER_STATES = {"RMSprop": 1, "SGD": 0, "Adam": 2, "AdamW": 2, "Adagrad": 1}
+"""Numbers that an optimizer keeps a parameter, with upstream's settings (no momentum)."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that an error stops the run for, or that a user should know; and what to change."""
+
+    level: Literal["error", "warning"]
+    what: str
+    mend: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do: counts; sizes in bytes, None where the model's size is not known."""
+
+    examples_an_epoch: int
+    steps: int
+    evaluations: int
+    checkpoints_kept: int
+    parameters: int | None
+    checkpoint_bytes: int | None
+    disk_bytes: int | None
+    disk_free_bytes: int
+    memory: Mapping[str, int] | None
+
+
+@dataclass(frozen=True)
+class Report:
+    findings: tuple[Finding, ...]
+    plan: Plan | None
+
+    @property
+    def errors(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.level == "error"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What preflight looks at: a stage fitted to clone and machine, and how many processes will train it."""
+
+    stage: "Stage"
+    clone: "CloneState"
+    environment: "TrainingEnvironment"
+    run_folder: Path
+    processes: int
+    expected_base: str
+    allow_modified: bool
+
+
+def check(subject: Subject) -> Report:
+    """Look at everything, and return what was found. Raises CloneError if upstream's config cannot be read."""
+    config = effective_config(subject)
+    findings = [*_of_clone(subject), *_of_environment(subject), *_of_settings(subject, config)]
+    model = model_folder(subject.stage)
+    findings += _of_cache(subject.stage, model)
+    shapes = None
+    try:
+        shapes = checkpoints.model_shapes(model) if model else None
+        findings += _of_archive(subject.stage, shapes)
+    except ArchiveError as error:
+        findings.append(Finding("error", error.message, error.hint))
+    findings += _of_block(subject.stage, model, config)
+    plan = None
+    if config["datasets"] == ["saferlhf"] and not subject.environment.missing:
+        data = look_at_data(subject, config, model)
+        findings += _of_data(subject, config, data)
+        if "splits" in data:
+            plan = make_plan(subject, config, data, shapes)
+            findings += _of_disk(plan)
+    return Report(tuple(findings), plan)
+
+
+def effective_config(subject: Subject) -> dict[str, Any]:
+    """Upstream's own config of the clone, with what the stage sets over it; keys with dots, as recipes have them."""
+    folder = subject.clone.folder / "config"
+    config: dict[str, Any] = dict(_read_mapping(folder / "config.yaml"))
+    for group in ("model", "loss"):
+        name = subject.stage.get(group)
+        values = _read_mapping(folder / group / f"{name}.yaml") if name else {}
+        config |= {f"{group}.{key}": value for key, value in values.items()}
+    config |= dict(subject.stage.values)
+    config |= {override.key: override.value for override in subject.stage.overrides}
+    return config
+
+
+def _read_mapping(path: Path) -> Mapping[str, Value]:
+    try:
+        document = read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise CloneError(f"Cannot read upstream's config {path}: {error}", "`ambersafe setup` mends it.") from error
+    return document if isinstance(document, dict) else {}
+
+
+def _of_clone(subject: Subject) -> Iterator[Finding]:
+    clone = subject.clone
+    level: Literal["error", "warning"] = "warning" if subject.allow_modified else "error"
+    go_on = "or go on with --allow-modified, which run.json records."
+    if clone.edited or clone.foreign or any(p.state == "altered" for p in clone.patches):
+        touched = [*clone.edited, *map(repr, clone.foreign)]
+        touched += [p.patch.name for p in clone.patches if p.state == "altered"]
+        yield Finding(
+            level, f"{clone.folder} was edited: {', '.join(touched)}.", f"`ambersafe setup` mends it, {go_on}"
+        )
+    if clone.base != subject.expected_base:
+        found = str(clone.base)[:12]
+        yield Finding("warning", f"{clone.folder} is upstream at {found}, which is not the pinned commit.", "")
+    missing = [p.patch.name for p in clone.patches if p.state == "missing"]
+    if missing:
+        yield Finding(
+            "warning", f"{clone.folder} lacks {len(missing)} patches: {', '.join(missing)}.", "`ambersafe setup`"
+        )
+
+
+def _of_environment(subject: Subject) -> Iterator[Finding]:
+    missing = subject.environment.missing
+    if missing:
+        yield Finding("error", f"{subject.environment.python} lacks {', '.join(missing)}.", INSTALL_HINT)
+
+
+def _of_settings(subject: Subject, config: Mapping[str, Any]) -> Iterator[Finding]:
+    batch, accumulate = config["batch_size"], config["gradient_accumulation_steps"]
+    ranks, eval_batch = subject.processes, config["eval_batch_size"]
+    if batch % (accumulate * ranks):
+        yield Finding(
+            "error",
+            f"batch_size {batch} cannot be cut into {accumulate} microbatches on {ranks} ranks: "
+            "examples would be dropped.",
+            f"Take a multiple of {accumulate * ranks} for --batch-size, or another --grad-accum.",
+        )
+    if eval_batch % ranks:
+        yield Finding(
+            "error",
+            f"eval_batch_size {eval_batch} cannot be cut for {ranks} ranks: examples would be dropped.",
+            f"Add eval_batch_size={-(-eval_batch // ranks) * ranks} behind the flags.",
+        )
+    if config["eval_every"] < batch:
+        yield Finding(
+            "error",
+            f"eval_every {config['eval_every']} is smaller than batch_size {batch}: upstream rounds it to 0 and fails.",
+            f"Add eval_every={batch} behind the flags, or more.",
+        )
+
+
+def model_folder(stage: "Stage") -> Path | None:
+    """The model's files on this machine: its folder, or its snapshot in the Hugging Face cache; None if not there."""
+    if Path(stage.model).is_dir():
+        return Path(stage.model)
+    import huggingface_hub
+
+    revision = stage.get("model.revision")
+    found = huggingface_hub.try_to_load_from_cache(
+        stage.model, "config.json", revision=str(revision) if revision else None
+    )
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _of_cache(stage: "Stage", model: Path | None) -> Iterator[Finding]:
+    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+    if model is None:
+        yield Finding(
+            "error" if offline else "warning",
+            f"The model {stage.model} is not in the Hugging Face cache"
+            + (", and HF_HUB_OFFLINE is set." if offline else ": it will be downloaded."),
+            "Where there is a network: `hf download " + stage.model + "`.",
+        )
+
+
+def _of_archive(stage: "Stage", model: checkpoints.Shapes | None) -> Iterator[Finding]:
+    archive = stage.get("model.archive")
+    if not archive:
+        return
+    shapes = checkpoints.policy_shapes(Path(str(archive)))
+    wrong = checkpoints.differences(shapes, model) if model else []
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        yield Finding(
+            "error",
+            f"{archive} does not fit the model {stage.model}: {'; '.join(wrong[:3])}{more}.",
+            "Give the --model that it was trained from, or another --archive.",
+        )
+
+
+def _of_block(stage: "Stage", model: Path | None, config: Mapping[str, Any]) -> Iterator[Finding]:
+    """FSDPTrainer wraps layers of a class that the config names; transformers calls it as the model's type begins."""
+    block = config.get("model.block_name")
+    if "FSDP" not in stage.trainer or model is None:
+        return
+    if not block:
+        yield Finding("error", "FSDPTrainer needs model.block_name.", "Add e.g. model.block_name=LlamaDecoderLayer.")
+        return
+    architectures = json.loads((model / "config.json").read_text()).get("architectures") or []
+    name = architectures[0].removesuffix("ForCausalLM").removesuffix("LMHeadModel") if architectures else ""
+    if name and not str(block).startswith(name):
+        yield Finding(
+            "error",
+            f"model.block_name {block} is not a layer of {architectures[0]}.",
+            f"Its name begins with {name}, e.g. model.block_name={name}DecoderLayer.",
+        )
+
+
+def look_at_data(subject: Subject, config: Mapping[str, Any], model: Path | None) -> dict[str, Any]:
+    """Have the training interpreter count and measure the rows; see children/look_at_data.py."""
+    request = {
+        "saferlhf": str(_SAFERLHF),
+        "tokenizer": str(config.get("model.tokenizer_name_or_path") or model or subject.stage.model),
+        "revision": subject.stage.get("model.revision"),
+        "max_length": config["max_length"],
+        "max_prompt_length": config["max_prompt_length"],
+        "sample": SAMPLE,
+    }
+    rows = {"SAFERLHF_DATASET": subject.stage.data, "SAFERLHF_REVISION": subject.stage.data_revision or ""}
+    child = subprocess.run(
+        [subject.environment.python, str(_LOOK_AT_DATA), json.dumps(request)],
+        env={**os.environ, **rows},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    try:
+        answer = json.loads(child.stdout.splitlines()[-1])
+    except (ValueError, IndexError):
+        answer = {"error": child.stderr.strip()}
+    return answer if isinstance(answer, dict) else {"error": child.stdout}
+
+
+def _of_data(subject: Subject, config: Mapping[str, Any], data: Mapping[str, Any]) -> Iterator[Finding]:
+    source = subject.stage.data
+    if "error" in data:
+        yield Finding("error", f"Cannot read {source}: {data['error']}", "`ambersafe data` tries again and says more.")
+        return
+    train, test = data["splits"]["train"], data["splits"]["test"]
+    n_train, n_test = train[subject.stage.name], test[subject.stage.name]
+    what = "prompts" if subject.stage.name == "sft" else "pairs"
+    for name, split in data["splits"].items():
+        if not split["dpo"]:
+            yield Finding(
+                "error", f"{source} ({name} split): none of {split['rows']} rows has exactly one safe response.", ""
+            )
+        if split["rows_with_eos"]:
+            yield Finding(
+                "error",
+                f"{source} ({name} split): {split['rows_with_eos']} rows hold the tokenizer's EOS {data['eos']!r}, "
+                f"at which upstream stops while it trains; the first has the prompt {split['first_with_eos'][:60]!r}.",
+                "Take it out of these rows, or leave them out.",
+            )
+    if 0 < n_train < config["batch_size"]:
+        yield Finding(
+            "error",
+            f"There are {n_train} {what} to train on, fewer than batch_size {config['batch_size']}: no step is done.",
+            f"Give --batch-size {n_train} or less.",
+        )
+    if 0 < n_test < config["eval_batch_size"]:
+        yield Finding(
+            "error",
+            f"There are {n_test} {what} in the test split, fewer than eval_batch_size {config['eval_batch_size']}: "
+            "no evaluation can be done.",
+            f"Add eval_batch_size={n_test} behind the flags, or less.",
+        )
+    elif 0 < n_test < (config["n_eval_examples"] or 0):
+        yield Finding(
+            "warning",
+            f"n_eval_examples is {config['n_eval_examples']}, but there are {n_test} {what} in the test split: "
+            "an evaluation counts some of them twice.",
+            f"Add n_eval_examples={n_test // config['eval_batch_size'] * config['eval_batch_size']} behind the flags.",
+        )
+    if n_train > config["batch_size"] and n_train % config["batch_size"]:
+        yield Finding(
+            "warning",
+            f"The last {n_train % config['batch_size']} {what} of each epoch are dropped, as upstream does.",
+            "",
+        )
+    cut = train["sampled"]
+    if cut["responses_cut"] or cut["prompts_cut"]:
+        yield Finding(
+            "warning",
+            f"Of {cut['pairs']} pairs looked at, {cut['responses_cut']} have their responses cut and "
+            f"{cut['prompts_cut']} their prompt; {cut['eos_lost']} responses lose their EOS, "
+            f"{cut['tokens_lost']} tokens are lost in all.",
+            "A higher max_length or a lower max_prompt_length keeps more; the longest has "
+            f"{cut['tokens_longest']} tokens after the cut.",
+        )
+    if cut["empty"]:
+        yield Finding("error", f"{cut['empty']} pairs have no token of prompt or response left.", "Raise --max-length.")
+
+
+def make_plan(
+    subject: Subject, config: Mapping[str, Any], data: Mapping[str, Any], model: checkpoints.Shapes | None
+) -> Plan:
+    """Steps, evaluations, checkpoints, disk and memory, by arithmetic on the config and the model's shapes."""
+    batch, every = config["batch_size"], max(config["eval_every"] // config["batch_size"] * config["batch_size"], 1)
+    n = data["splits"]["train"][subject.stage.name]
+    steps = n // batch * (config["n_epochs"] or 10**9)
+    if config["n_examples"] is not None:
+        steps = min(steps, -(-config["n_examples"] // batch))
+    saves = max(steps * batch - 1, 0) // every
+    kept = saves if config.get("keep_checkpoints") is None else min(saves, config["keep_checkpoints"] + 1)
+    kept += config.get("keep_best") is not None
+    size = checkpoints.parameters(model) if model else None
+    weights = _BYTES.get(str(config["model.policy_dtype"]), 4)
+    states = _OPTIMIZER_STATES.get(str(config["optimizer"]), 2)
+    checkpoint = size * weights * (1 + states) if size else None
+    return Plan(
+        examples_an_epoch=n,
+        steps=steps,
+        evaluations=saves + bool(config["do_first_eval"]) + bool(config.get("do_final_eval")),
+        checkpoints_kept=kept + 1,
+        parameters=size,
+        checkpoint_bytes=checkpoint,
+        disk_bytes=checkpoint * (kept + 1) if checkpoint else None,
+        disk_free_bytes=shutil.disk_usage(_existing(subject.run_folder)).free,
+        memory=_memory(subject, config, size, data, model) if size and model else None,
+    )
+
+
+def _memory(
+    subject: Subject, config: Mapping[str, Any], size: int, data: Mapping[str, Any], model: checkpoints.Shapes
+) -> dict[str, int]:
+    """Bytes a process needs, by part."""
+    weights = _BYTES.get(str(config["model.policy_dtype"]), 4)
+    shards = subject.processes
+    memory = {
+        "weights": size * weights // shards,
+        "gradients": size * weights // shards,
+        "optimizer": size * weights * _OPTIMIZER_STATES.get(str(config["optimizer"]), 2) // shards,
+    }
+    if subject.stage.name == "dpo":
+        memory["reference model"] = size * _BYTES.get(str(config["model.reference_dtype"]), 2) // shards
+    # What upstream's loss holds at once of a microbatch: logits and their log-softmax in float32, and the gradient.
+    vocabulary = max((shape[0] for name, shape in model.items() if "embed" in name or "wte" in name), default=0)
+    sequences = config["batch_size"] // (config["gradient_accumulation_steps"] * shards)
+    sequences *= 2 if subject.stage.name == "dpo" else 1
+    memory["logits of the longest microbatch"] = (
+        3 * 4 * sequences * data["splits"]["train"]["sampled"]["tokens_longest"] * vocabulary
+    )
+    return memory
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def _of_disk(plan: Plan) -> Iterator[Finding]:
+    if plan.disk_bytes and plan.disk_bytes > plan.disk_free_bytes:
+        yield Finding(
+            "error",
+            f"The checkpoints need {in_gigabytes(plan.disk_bytes)}, and {in_gigabytes(plan.disk_free_bytes)} are free.",
+            "Keep fewer (--keep 1), save less often (eval_every=…), or work on a larger disk.",
+        )
+
+
+def describe(plan: Plan) -> list[tuple[str, str]]:
+    """The plan in words, with the arithmetic."""
+    rows = [
+        ("examples an epoch", f"{plan.examples_an_epoch:,}"),
+        ("optimizer steps", f"{plan.steps:,}"),
+        ("evaluations", f"{plan.evaluations:,}"),
+    ]
+    if plan.parameters and plan.checkpoint_bytes and plan.disk_bytes and plan.memory is not None:
+        rows += [
+            ("parameters", f"{plan.parameters:,}"),
+            ("a checkpoint (weights and optimizer)", in_gigabytes(plan.checkpoint_bytes)),
+            (f"disk for {plan.checkpoints_kept} of them", in_gigabytes(plan.disk_bytes)),
+        ]
+        rows += [(f"memory a process: {part}", in_gigabytes(size)) for part, size in plan.memory.items()]
+        rows.append(("memory a process, all of these", in_gigabytes(sum(plan.memory.values()))))
+    else:
+        rows.append(("disk and memory", "not known: the model is not on this machine"))
+    return [*rows, ("disk that is free", in_gigabytes(plan.disk_free_bytes))]
+
+
+def in_gigabytes(size: int) -> str:
+    """A size for people, in powers of ten, as disks are sold."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

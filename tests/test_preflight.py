@@ -1,0 +1,226 @@
+"""What is found before a stage starts, with the real upstream's config and a tiny model."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import git, run_ambersafe
+from test_real_upstream import model  # noqa: F401, a fixture
+
+from ambersafe_cli import checkpoints, demo
+from ambersafe_cli.errors import ArchiveError
+
+
+def rows(number: int, **values: Any) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": f"prompt number {i}",
+            "response_0": f"a good answer {i}",
+            "response_1": f"a bad answer {i}",
+            "is_response_0_safe": True,
+            "is_response_1_safe": False,
+            **values,
+        }
+        for i in range(number)
+    ]
+
+
+def write(folder: Path, train: list[dict[str, Any]], test: list[dict[str, Any]]) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, part in (("train", train), ("test", test)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return folder
+
+
+class Check:
+    """`ambersafe check` with what is the same in each test."""
+
+    def __init__(self, patched: Path, model: Path, work: Path) -> None:  # noqa: F811
+        self.patched, self.model, self.work = patched, model, work
+
+    def __call__(self, stage: str, *given: object, **options: Any) -> subprocess.CompletedProcess[str]:
+        common = ("--dir", self.patched, "--model", self.model, "--recipe", "tiny")
+        return run_ambersafe("check", stage, *common, *given, cwd=self.work, **options)
+
+
+@pytest.fixture
+def check(patched: Path, model: Path, tmp_path: Path) -> Check:  # noqa: F811
+    return Check(patched, model, tmp_path)
+
+
+def test_a_run_with_nothing_wrong_shows_its_plan_and_starts_nothing(check: Check, tmp_path: Path) -> None:
+    done = check("sft", "--data", write(tmp_path / "rows", rows(64), rows(48)))
+    assert done.returncode == 0, done.stderr
+    assert "error" not in done.stderr
+    assert " 24 " in done.stdout, "64 prompts in batches of 16, 6 times"
+    assert "parameters" in done.stdout
+    assert not (tmp_path / ".cache").exists()
+
+
+def test_all_errors_are_told_at_once_and_the_stage_does_not_start(check: Check, tmp_path: Path) -> None:
+    data = write(tmp_path / "rows", rows(10, response_0="good </s> but with an EOS"), rows(5))
+    given = ("--data", data, "--batch-size", "18", "--grad-accum", "4", "eval_every=10")
+    done = check("sft", *given)
+    assert done.returncode == 76
+    assert "preflight found 5 errors" in done.stderr
+    for message in (
+        "batch_size 18 cannot be cut into 4 microbatches",
+        "eval_every 10 is smaller than batch_size 18",
+        "10 rows hold the tokenizer's EOS '</s>'",
+        "10 prompts to train on, fewer than batch_size 18",
+        "5 prompts in the test split, fewer than eval_batch_size 16",
+    ):
+        assert message in done.stderr
+    common = ("--dir", check.patched, "--model", check.model, "--recipe", "tiny")
+    started = run_ambersafe("sft", *common, *given, cwd=tmp_path)
+    assert started.returncode == 76
+    assert not (tmp_path / ".cache").exists()
+
+
+def test_what_is_dropped_cut_or_counted_twice_is_counted(check: Check, tmp_path: Path) -> None:
+    long = rows(20, response_1=" ".join(["word"] * 200))
+    done = check("dpo", "--archive", tmp_path, "--data", write(tmp_path / "rows", [*rows(50), *long], rows(40)))
+    assert done.returncode == 66, "an archive that is not there is told before anything else"
+    done = check("sft", "--data", tmp_path / "rows")
+    assert done.returncode == 0, done.stderr
+    assert "The last 2 prompts of each epoch are dropped" in done.stderr
+    assert "n_eval_examples is 48, but there are 40 prompts in the test split" in done.stderr
+    assert (
+        "Of 70 pairs looked at, 20 have their responses cut and 0 their prompt; 20 responses lose their EOS"
+        in done.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"response_1": None}, "column response_1 is empty in 1 rows"),
+        ({"is_response_0_safe": "yes"}, "column is_response_0_safe holds string, it must hold bool"),
+        ({"is_response_1_safe": True}, "none of 20 rows has exactly one safe response"),
+    ],
+)
+def test_data_that_cannot_be_trained_on_is_an_error(
+    check: Check, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    train = [*rows(19), *rows(1, **change)] if None in change.values() else rows(20, **change)
+    done = check("sft", "--data", write(tmp_path / "rows", train, rows(20)))
+    assert done.returncode == 76
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def save(path: Path, state: Any) -> Path:
+    import torch
+
+    torch.save({"step_idx": 1, "state": state, "metrics": {"loss/eval": 1.0}}, path)
+    return path
+
+
+def test_an_archive_that_is_cut_off_foreign_or_of_another_model_is_an_error(check: Check, tmp_path: Path) -> None:
+    import torch
+    import transformers
+
+    data = write(tmp_path / "rows", rows(64), rows(48))
+    state = transformers.AutoModelForCausalLM.from_pretrained(check.model).state_dict()
+    whole = save(tmp_path / "policy.pt", state)
+    assert check("dpo", "--data", data, "--archive", whole).returncode == 0
+
+    cut_off = tmp_path / "cut_off.pt"
+    cut_off.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    foreign = tmp_path / "foreign.pt"
+    torch.save(state, foreign)
+    junk = tmp_path / "junk.pt"
+    junk.write_text("junk")
+    other = save(tmp_path / "other.pt", {**state, "model.norm.weight": torch.zeros(7), "more": torch.zeros(1)})
+    optimizer = save(tmp_path / "optimizer.pt", {"state": {}, "param_groups": []})
+    for archive, message in (
+        (cut_off, "is not a whole checkpoint"),
+        (junk, "is not a whole checkpoint"),
+        (foreign, "lacks step_idx, state or metrics"),
+        (optimizer, "not a policy.pt"),
+        (other, "does not fit the model"),
+    ):
+        done = check("dpo", "--data", data, "--archive", archive)
+        assert done.returncode == 76, archive
+        assert message in done.stderr
+    assert "model.norm.weight is 7, not 128" in done.stderr
+
+
+def test_reading_a_checkpoint_runs_nothing_in_it(tmp_path: Path) -> None:
+    import torch
+
+    class Harm:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "harm",))
+
+    torch.save({"step_idx": 1, "state": {"a": Harm()}, "metrics": {}}, tmp_path / "policy.pt")
+    with pytest.raises(ArchiveError, match="it holds"):
+        checkpoints.policy_shapes(tmp_path / "policy.pt")
+    assert not (tmp_path / "harm").exists()
+
+
+def test_shapes_are_those_that_torch_and_transformers_see(model: Path, tmp_path: Path) -> None:  # noqa: F811
+    import transformers
+
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(model)
+    shapes = {name: tuple(tensor.shape) for name, tensor in loaded.state_dict().items()}
+    assert checkpoints.model_shapes(model) == shapes
+    assert checkpoints.policy_shapes(save(tmp_path / "policy.pt", loaded.state_dict())) == shapes
+    assert checkpoints.parameters(shapes) == loaded.num_parameters()
+
+
+def test_a_clone_that_was_edited_stops_a_run_unless_that_is_allowed(check: Check, tmp_path: Path) -> None:
+    data = write(tmp_path / "rows", rows(64), rows(48))
+    clone = tmp_path / "clone"
+    shutil.copytree(check.patched, clone)
+    (clone / "utils.py").write_text((clone / "utils.py").read_text() + "# mine\n")
+    check.patched = clone
+    done = check("sft", "--data", data)
+    assert done.returncode == 76
+    assert "was edited: utils.py" in done.stderr
+    assert check("sft", "--data", data, "--allow-modified").returncode == 0
+    git(clone, "commit", "--quiet", "--all", "--message", "Mine")
+    assert "was edited: 'Mine'" in check("sft", "--data", data).stderr
+
+
+def test_a_layer_that_the_model_has_not_is_an_error_for_fsdp(check: Check, tmp_path: Path) -> None:
+    data = write(tmp_path / "rows", rows(64), rows(48))
+    done = check("sft", "--data", data, "--nproc", "2", "model.block_name=GPTNeoXLayer")
+    assert done.returncode == 76
+    assert "GPTNeoXLayer is not a layer of LlamaForCausalLM" in done.stderr
+
+
+def test_a_model_that_is_not_here_is_an_error_offline(check: Check, tmp_path: Path) -> None:
+    data = write(tmp_path / "rows", rows(64), rows(48))
+    check.model = Path("org/absent")
+    done = check("sft", "--data", data)
+    assert done.returncode == 76
+    assert "org/absent is not in the Hugging Face cache, and HF_HUB_OFFLINE is set" in done.stderr
+
+
+def test_tokens_are_counted_as_upstream_cuts_them(model: Path, patched: Path, tmp_path: Path) -> None:  # noqa: F811
+    """The arithmetic of preflight against upstream's tokenize_batch_element itself."""
+    look = Path(demo.__file__).parent / "children" / "look_at_data.py"
+    code = f"""
+import json, random, runpy, sys
+sys.path.insert(0, {str(patched)!r})
+import transformers
+from preference_datasets import tokenize_batch_element
+look = runpy.run_path({str(look)!r})
+tokenizer = transformers.AutoTokenizer.from_pretrained({str(model)!r})
+count = look["open_tokenizer"]({str(model)!r}, None).lengths
+rng = random.Random(0)
+text = lambda: " ".join(rng.choices(["first", "check", "the", "ladder", "é", "never"], k=rng.randrange(1, 40)))
+for _ in range(300):
+    texts = [text() for _ in range(3)]
+    lengths = tuple(count([t])[0] for t in texts)
+    assert look["cut"]([lengths], 40, 15)["tokens_longest"] == max(
+        len(v) for k, v in tokenize_batch_element(*texts, "keep_start", tokenizer, 40, 15).items()
+        if k in ("chosen_input_ids", "rejected_input_ids")), (texts, lengths)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
