@@ -200,6 +200,10 @@ def test_a_model_that_is_not_here_is_an_error_offline(check: Check, tmp_path: Pa
     done = check("sft", "--data", data)
     assert done.returncode == 76
     assert "org/absent is not in the Hugging Face cache, and HF_HUB_OFFLINE is set" in done.stderr
+    check.model = Path("no such model")
+    done = check("sft", "--data", data)
+    assert done.returncode == 76
+    assert "There is no model no such model" in done.stderr
 
 
 def test_tokens_are_counted_as_upstream_cuts_them(model: Path, patched: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -82,8 +83,8 @@ def check(subject: Subject) -> Report:
     """Look at everything, and return what was found. Raises CloneError if upstream's config cannot be read."""
     config = effective_config(subject)
     findings = [*_of_clone(subject), *_of_environment(subject), *_of_settings(subject, config)]
-    model = model_folder(subject.stage)
-    findings += _of_cache(subject.stage, model)
+    model = model_folder(config)
+    findings += _of_cache(config, model)
     shapes = None
     try:
         shapes = checkpoints.model_shapes(model) if model else None
@@ -172,27 +173,31 @@ def _of_settings(subject: Subject, config: Mapping[str, Any]) -> Iterator[Findin
         )
 
 
-def model_folder(stage: "Stage") -> Path | None:
+def model_folder(config: Mapping[str, Any]) -> Path | None:
     """The model's files on this machine: its folder, or its snapshot in the Hugging Face cache; None if not there."""
-    if Path(stage.model).is_dir():
-        return Path(stage.model)
+    name, revision = str(config["model.name_or_path"]), config.get("model.revision")
+    if Path(name).is_dir():
+        return Path(name)
     import huggingface_hub
 
-    revision = stage.get("model.revision")
-    found = huggingface_hub.try_to_load_from_cache(
-        stage.model, "config.json", revision=str(revision) if revision else None
-    )
+    try:
+        found = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
+    except ValueError:  # no name that the hub could have
+        return None
     return Path(found).parent if isinstance(found, str) else None
 
 
-def _of_cache(stage: "Stage", model: Path | None) -> Iterator[Finding]:
+def _of_cache(config: Mapping[str, Any], model: Path | None) -> Iterator[Finding]:
+    name = config["model.name_or_path"]
     offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
-    if model is None:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) and model is None:
+        yield Finding("error", f"There is no model {name}.", "--model takes a folder, or a name on the hub (ORG/NAME).")
+    elif model is None:
         yield Finding(
             "error" if offline else "warning",
-            f"The model {stage.model} is not in the Hugging Face cache"
+            f"The model {name} is not in the Hugging Face cache"
             + (", and HF_HUB_OFFLINE is set." if offline else ": it will be downloaded."),
-            "Where there is a network: `hf download " + stage.model + "`.",
+            f"Where there is a network: `hf download {name}`.",
         )
 
 
