@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import Ambersafe, commit, git, make_repository, make_series
 
-from ambersafe_cli import errors, patches, upstream
+from ambersafe_cli import cloning, errors, patches, upstream
 
 TRAIN = [f"line {number}\n" for number in range(1, 21)]
 
@@ -78,11 +78,11 @@ def series(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[pa
 
 
 @pytest.fixture
-def wanted(source: Path, series: tuple[patches.Patch, ...], monkeypatch: pytest.MonkeyPatch) -> upstream.Wanted:
+def wanted(source: Path, series: tuple[patches.Patch, ...], monkeypatch: pytest.MonkeyPatch) -> cloning.Wanted:
     """The whole series on main of `source`, which is the pinned commit then."""
     base = git(source, "rev-parse", "main")
     monkeypatch.setattr(upstream, "PINNED_COMMIT", base)
-    return upstream.Wanted(url=str(source), commit=base, series=series)
+    return cloning.Wanted(url=str(source), commit=base, series=series)
 
 
 @pytest.fixture
@@ -94,25 +94,25 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def whole_clone(source: Path, series: tuple[patches.Patch, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "clone"
-    set_up(folder, upstream.Wanted(str(source), git(source, "rev-parse", "main"), series))
+    set_up(folder, cloning.Wanted(str(source), git(source, "rev-parse", "main"), series))
     return folder
 
 
 @pytest.fixture
-def clone(folder: Path, whole_clone: Path, wanted: upstream.Wanted) -> Path:
+def clone(folder: Path, whole_clone: Path, wanted: cloning.Wanted) -> Path:
     """A clone as ambersafe makes it, with the whole series."""
     return copy(whole_clone, folder)
 
 
 @pytest.fixture
-def users_clone(folder: Path, source: Path, wanted: upstream.Wanted) -> Path:
+def users_clone(folder: Path, source: Path, wanted: cloning.Wanted) -> Path:
     """A clone that a user made with git, at the right commit, on main."""
     git(source, "clone", "--quiet", str(source), str(folder))
     return folder
 
 
-def set_up(folder: Path, wanted: upstream.Wanted, force: bool = False) -> upstream.SetupResult:
-    return upstream.set_up(folder, wanted, force=force, progress=lambda step, done: None)
+def set_up(folder: Path, wanted: cloning.Wanted, force: bool = False) -> cloning.SetupResult:
+    return cloning.set_up(folder, wanted, force=force, progress=lambda step, done: None)
 
 
 def copy(clone: Path, folder: Path) -> Path:
@@ -121,7 +121,7 @@ def copy(clone: Path, folder: Path) -> Path:
     return folder
 
 
-def assert_complete(folder: Path, wanted: upstream.Wanted) -> None:
+def assert_complete(folder: Path, wanted: cloning.Wanted) -> None:
     state = upstream.inspect(folder, wanted.series)
     assert state.is_exactly(wanted.commit, wanted.patches)
     assert state.head == git(folder, "rev-parse", upstream.BRANCH) == (MINIMAL_HEAD if wanted.minimal else FULL_HEAD)
@@ -147,7 +147,7 @@ def snapshot(folder: Path) -> dict[str, object]:
     return found
 
 
-def refusal(folder: Path, wanted: upstream.Wanted) -> errors.CloneError:
+def refusal(folder: Path, wanted: cloning.Wanted) -> errors.CloneError:
     """Have set_up refuse and see that it touched nothing, that it names the folder and says what to do."""
     before = snapshot(folder)
     with pytest.raises(errors.CloneError) as caught:
@@ -161,7 +161,7 @@ def refusal(folder: Path, wanted: upstream.Wanted) -> errors.CloneError:
 # A new clone
 
 
-def test_a_fresh_clone_is_the_base_with_one_commit_a_patch(folder: Path, wanted: upstream.Wanted) -> None:
+def test_a_fresh_clone_is_the_base_with_one_commit_a_patch(folder: Path, wanted: cloning.Wanted) -> None:
     result = set_up(folder, wanted)
     assert result.changed
     assert result.saved == ()
@@ -178,7 +178,7 @@ def test_the_clone_holds_what_the_commits_of_the_series_held(clone: Path, worksh
     assert (clone / "extra.py").read_bytes() == (workshop / "extra.py").read_bytes()
 
 
-def test_a_minimal_clone_has_the_first_patch_alone(folder: Path, wanted: upstream.Wanted) -> None:
+def test_a_minimal_clone_has_the_first_patch_alone(folder: Path, wanted: cloning.Wanted) -> None:
     minimal = replace(wanted, minimal=True)
     state = set_up(folder, minimal).state
     assert [patch.state for patch in state.patches] == ["applied", "missing", "missing"]
@@ -189,7 +189,7 @@ def test_a_minimal_clone_has_the_first_patch_alone(folder: Path, wanted: upstrea
 
 @pytest.fixture(params=["hooks for all repositories", "hooks in the template"])
 def another_machine(
-    request: pytest.FixtureRequest, wanted: upstream.Wanted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest, wanted: cloning.Wanted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another user, time zone and clock, whose git is set up to hinder and alter whatever it does."""
     home = tmp_path / "home"
@@ -256,14 +256,14 @@ def another_machine(
 
 
 def test_commit_ids_are_the_same_on_another_machine(
-    another_machine: None, folder: Path, wanted: upstream.Wanted
+    another_machine: None, folder: Path, wanted: cloning.Wanted
 ) -> None:
     assert set_up(folder, wanted).state.head == FULL_HEAD
     assert git(folder, "remote") == "origin"
     assert (folder / "train.py").read_bytes() == train(_3="third\n", _15="second\n").encode()
 
 
-def test_updates_work_on_another_machine_too(another_machine: None, folder: Path, wanted: upstream.Wanted) -> None:
+def test_updates_work_on_another_machine_too(another_machine: None, folder: Path, wanted: cloning.Wanted) -> None:
     set_up(folder, replace(wanted, minimal=True))
     assert set_up(folder, wanted).state.head == FULL_HEAD
     (folder / "train.py").write_text("edited\n")
@@ -271,7 +271,7 @@ def test_updates_work_on_another_machine_too(another_machine: None, folder: Path
 
 
 def test_the_users_settings_do_not_make_a_patch_look_altered(
-    another_machine: None, folder: Path, wanted: upstream.Wanted
+    another_machine: None, folder: Path, wanted: cloning.Wanted
 ) -> None:
     # At another commit the ids are others, so that what the patches change has to be looked at.
     state = set_up(folder, replace(wanted, commit="later")).state
@@ -279,21 +279,21 @@ def test_the_users_settings_do_not_make_a_patch_look_altered(
     assert state.head != FULL_HEAD
 
 
-def test_commit_may_be_a_branch_or_a_tag(source: Path, folder: Path, wanted: upstream.Wanted) -> None:
+def test_commit_may_be_a_branch_or_a_tag(source: Path, folder: Path, wanted: cloning.Wanted) -> None:
     later = git(source, "rev-parse", "later")
     assert set_up(folder, replace(wanted, commit="later")).state.base == later
     assert set_up(folder, replace(wanted, commit=later)).changed is False
     assert (folder / "later.txt").exists()
 
 
-def test_an_empty_folder_is_used(folder: Path, wanted: upstream.Wanted) -> None:
+def test_an_empty_folder_is_used(folder: Path, wanted: cloning.Wanted) -> None:
     folder.mkdir(parents=True)
     set_up(folder, wanted)
     assert_complete(folder, wanted)
 
 
 @pytest.mark.parametrize("name", ["blanks  and 'quotes\"", "größer 안전", "~ `x` %s;&", "-dash", "a:b", "back\\slash"])
-def test_any_path_will_do(name: str, tmp_path: Path, source: Path, wanted: upstream.Wanted) -> None:
+def test_any_path_will_do(name: str, tmp_path: Path, source: Path, wanted: cloning.Wanted) -> None:
     folder = tmp_path / name / name
     copied = tmp_path / "source, not 'größer'"
     shutil.copytree(source, copied)
@@ -323,7 +323,7 @@ def test_dir_can_be_set_in_the_environment(patched: Path, tmp_path: Path, ambers
 # Again, and what was interrupted
 
 
-def test_second_setup_changes_nothing(clone: Path, wanted: upstream.Wanted) -> None:
+def test_second_setup_changes_nothing(clone: Path, wanted: cloning.Wanted) -> None:
     def times() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in clone.rglob("*") if path.name != "index"}
 
@@ -344,7 +344,7 @@ def test_second_setup_says_that_there_is_nothing_to_do(patched: Path, ambersafe:
     assert snapshot(patched) == before
 
 
-def test_a_minimal_clone_becomes_a_full_one_and_back(folder: Path, wanted: upstream.Wanted) -> None:
+def test_a_minimal_clone_becomes_a_full_one_and_back(folder: Path, wanted: cloning.Wanted) -> None:
     minimal = replace(wanted, minimal=True)
     for each in (minimal, wanted, minimal):
         assert set_up(folder, each).changed
@@ -353,13 +353,13 @@ def test_a_minimal_clone_becomes_a_full_one_and_back(folder: Path, wanted: upstr
         assert (folder / "old.txt").exists() is each.minimal
 
 
-def test_half_a_series_is_finished(clone: Path, wanted: upstream.Wanted) -> None:
+def test_half_a_series_is_finished(clone: Path, wanted: cloning.Wanted) -> None:
     git(clone, "reset", "--quiet", "--hard", "HEAD~2")
     assert set_up(clone, wanted).changed
     assert_complete(clone, wanted)
 
 
-def test_an_older_series_is_replaced(folder: Path, workshop: Path, wanted: upstream.Wanted, tmp_path: Path) -> None:
+def test_an_older_series_is_replaced(folder: Path, workshop: Path, wanted: cloning.Wanted, tmp_path: Path) -> None:
     old = tmp_path / "old"
     git(workshop, "clone", "--quiet", "--branch", "main", str(workshop), str(old))
     git(old, "reset", "--quiet", "--hard", "HEAD~1")
@@ -373,7 +373,7 @@ def test_an_older_series_is_replaced(folder: Path, workshop: Path, wanted: upstr
     assert not (folder / "gone.py").exists()
 
 
-def test_untracked_files_survive_an_update(folder: Path, wanted: upstream.Wanted) -> None:
+def test_untracked_files_survive_an_update(folder: Path, wanted: cloning.Wanted) -> None:
     set_up(folder, replace(wanted, minimal=True))
     (folder / "notes").mkdir()
     for name in ("mine.txt", "notes/train.py", ".cache"):
@@ -412,7 +412,7 @@ CHILD = multiprocessing.get_context("fork")
 
 
 def set_up_in_child(
-    folder: Path, wanted: upstream.Wanted, force: bool, environment: dict[str, str], scratch: Path
+    folder: Path, wanted: cloning.Wanted, force: bool, environment: dict[str, str], scratch: Path
 ) -> None:
     os.environ.update(environment)
     tempfile.tempdir = str(scratch)  # which a killed process leaves behind
@@ -420,7 +420,7 @@ def set_up_in_child(
 
 
 def set_up_with(
-    git_script: str, folder: Path, wanted: upstream.Wanted, force: bool, tmp_path: Path, environment: dict[str, str]
+    git_script: str, folder: Path, wanted: cloning.Wanted, force: bool, tmp_path: Path, environment: dict[str, str]
 ) -> int | None:
     """Run a setup in a process of its own, with this script in git's place. Return how it ended."""
     script = tmp_path / "bin" / "git"
@@ -436,7 +436,7 @@ def set_up_with(
 
 
 def kill_at_every_git_call(
-    wanted: upstream.Wanted,
+    wanted: cloning.Wanted,
     force: bool,
     prepare: Callable[[Path], object],
     check: Callable[[Path], None],
@@ -481,7 +481,7 @@ def kill_at_every_git_call(
 
 
 @pytest.mark.slow
-def test_a_first_setup_killed_at_any_git_call_is_finished_by_the_next(wanted: upstream.Wanted, tmp_path: Path) -> None:
+def test_a_first_setup_killed_at_any_git_call_is_finished_by_the_next(wanted: cloning.Wanted, tmp_path: Path) -> None:
     left = kill_at_every_git_call(
         wanted,
         False,
@@ -494,7 +494,7 @@ def test_a_first_setup_killed_at_any_git_call_is_finished_by_the_next(wanted: up
 
 @pytest.mark.slow
 def test_an_update_killed_at_any_git_call_is_finished_by_the_next(
-    folder: Path, wanted: upstream.Wanted, tmp_path: Path
+    folder: Path, wanted: cloning.Wanted, tmp_path: Path
 ) -> None:
     set_up(folder, replace(wanted, minimal=True))
     left = kill_at_every_git_call(
@@ -509,7 +509,7 @@ def test_an_update_killed_at_any_git_call_is_finished_by_the_next(
 
 @pytest.mark.slow
 def test_a_forced_update_killed_at_any_git_call_loses_neither_edit_nor_commit(
-    users_clone: Path, wanted: upstream.Wanted, tmp_path: Path
+    users_clone: Path, wanted: cloning.Wanted, tmp_path: Path
 ) -> None:
     mine = commit(users_clone, {"mine.txt": "mine\n"}, "Mine")
     (users_clone / "train.py").write_text(train(_10="edited\n"))
@@ -528,7 +528,7 @@ def test_a_forced_update_killed_at_any_git_call_loses_neither_edit_nor_commit(
 
 
 def test_an_update_killed_while_git_writes_files_is_finished_by_the_next(
-    folder: Path, wanted: upstream.Wanted, tmp_path: Path
+    folder: Path, wanted: cloning.Wanted, tmp_path: Path
 ) -> None:
     set_up(folder, replace(wanted, minimal=True))
     assert set_up_with(KILLS_WHILE_IT_WRITES, folder, wanted, False, tmp_path, {}) == -signal.SIGKILL
@@ -538,7 +538,7 @@ def test_an_update_killed_while_git_writes_files_is_finished_by_the_next(
 
 
 @pytest.fixture
-def half_checked_out(folder: Path, wanted: upstream.Wanted, tmp_path: Path) -> Path:
+def half_checked_out(folder: Path, wanted: cloning.Wanted, tmp_path: Path) -> Path:
     """A minimal clone as it is when git is killed while it checks out the whole series."""
     set_up(folder, replace(wanted, minimal=True))
     set_up(tmp_path / "full" / "clone", wanted)
@@ -551,13 +551,13 @@ def half_checked_out(folder: Path, wanted: upstream.Wanted, tmp_path: Path) -> P
     return folder
 
 
-def test_a_checkout_killed_while_it_writes_is_finished(half_checked_out: Path, wanted: upstream.Wanted) -> None:
+def test_a_checkout_killed_while_it_writes_is_finished(half_checked_out: Path, wanted: cloning.Wanted) -> None:
     assert set_up(half_checked_out, wanted).changed
     assert_complete(half_checked_out, wanted)
 
 
 def test_a_killed_checkout_does_not_stand_in_the_way_of_another_wish(
-    half_checked_out: Path, wanted: upstream.Wanted
+    half_checked_out: Path, wanted: cloning.Wanted
 ) -> None:
     minimal = replace(wanted, minimal=True)
     assert set_up(half_checked_out, minimal).changed
@@ -566,7 +566,7 @@ def test_a_killed_checkout_does_not_stand_in_the_way_of_another_wish(
 
 @pytest.mark.parametrize("name", ["train.py", "config/config.yaml", "extra.py", "old.txt"])
 def test_an_edit_after_a_killed_checkout_is_not_overwritten(
-    name: str, half_checked_out: Path, wanted: upstream.Wanted
+    name: str, half_checked_out: Path, wanted: cloning.Wanted
 ) -> None:
     before = (half_checked_out / name).read_bytes() if (half_checked_out / name).exists() else None
     (half_checked_out / name).write_text("edited\n")
@@ -584,7 +584,7 @@ def test_an_edit_after_a_killed_checkout_is_not_overwritten(
     assert_complete(half_checked_out, wanted)
 
 
-def test_a_commit_after_a_killed_checkout_is_kept_on_a_branch(half_checked_out: Path, wanted: upstream.Wanted) -> None:
+def test_a_commit_after_a_killed_checkout_is_kept_on_a_branch(half_checked_out: Path, wanted: cloning.Wanted) -> None:
     (half_checked_out / ".git" / "index.lock").unlink()
     mine = commit(half_checked_out, {}, "Whatever is there now")
     result = set_up(half_checked_out, wanted)
@@ -626,7 +626,7 @@ def chmod(clone: Path) -> None:
 
 @pytest.mark.parametrize("touch", [edit, stage, stage_and_undo_on_disk, stage_new, delete, chmod])
 def test_local_edits_are_refused_and_with_force_stashed(
-    touch: Callable[[Path], None], clone: Path, wanted: upstream.Wanted
+    touch: Callable[[Path], None], clone: Path, wanted: cloning.Wanted
 ) -> None:
     touch(clone)
     error = refusal(clone, wanted)
@@ -641,7 +641,7 @@ def test_local_edits_are_refused_and_with_force_stashed(
     refusal(clone, wanted)
 
 
-def test_a_second_force_leaves_the_first_stash(clone: Path, wanted: upstream.Wanted) -> None:
+def test_a_second_force_leaves_the_first_stash(clone: Path, wanted: cloning.Wanted) -> None:
     for text in ("first\n", "second\n"):
         (clone / "train.py").write_text(text)
         set_up(clone, wanted, force=True)
@@ -682,7 +682,7 @@ COMMITS = [add_commit, amend, commit_on_another_branch, commit_on_no_branch, sta
 
 @pytest.mark.parametrize("touch", COMMITS)
 def test_commits_that_are_not_ours_are_refused_and_with_force_kept(
-    touch: Callable[[Path], None], clone: Path, wanted: upstream.Wanted
+    touch: Callable[[Path], None], clone: Path, wanted: cloning.Wanted
 ) -> None:
     touch(clone)
     theirs = git(clone, "rev-parse", "HEAD")
@@ -696,14 +696,14 @@ def test_commits_that_are_not_ours_are_refused_and_with_force_kept(
     assert git(clone, "rev-parse", f"ambersafe-saved-{theirs[:12]}") == theirs
 
 
-def test_a_message_names_the_users_commits(clone: Path, wanted: upstream.Wanted) -> None:
+def test_a_message_names_the_users_commits(clone: Path, wanted: cloning.Wanted) -> None:
     commit(clone, {"mine.txt": "mine\n"}, "Mine\twith a tab, and lines\u2028in a line")
     assert upstream.inspect(clone, wanted.series).foreign == ("Mine\twith a tab, and lines\u2028in a line",)
     assert "Mine" in refusal(clone, wanted).message
 
 
 def test_a_signed_commit_is_read_whatever_git_shows_of_signatures(
-    clone: Path, wanted: upstream.Wanted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    clone: Path, wanted: cloning.Wanted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpg = tmp_path / "gpg"
     gpg.write_text(
@@ -719,7 +719,7 @@ def test_a_signed_commit_is_read_whatever_git_shows_of_signatures(
     assert "Größer" in refusal(clone, wanted).message
 
 
-def test_a_second_force_leaves_the_first_saved_branch(clone: Path, wanted: upstream.Wanted) -> None:
+def test_a_second_force_leaves_the_first_saved_branch(clone: Path, wanted: cloning.Wanted) -> None:
     theirs = []
     for text in ("first\n", "second\n"):
         theirs.append(commit(clone, {"mine.txt": text}, "Mine"))
@@ -728,7 +728,7 @@ def test_a_second_force_leaves_the_first_saved_branch(clone: Path, wanted: upstr
     assert sorted(saved) == sorted(theirs)
 
 
-def test_force_goes_through_from_a_saved_branch(clone: Path, wanted: upstream.Wanted) -> None:
+def test_force_goes_through_from_a_saved_branch(clone: Path, wanted: cloning.Wanted) -> None:
     mine = commit(clone, {"mine.txt": "mine\n"}, "Mine")
     set_up(clone, wanted, force=True)
     git(clone, "checkout", "--quiet", f"ambersafe-saved-{mine[:12]}")
@@ -738,7 +738,7 @@ def test_force_goes_through_from_a_saved_branch(clone: Path, wanted: upstream.Wa
     assert git(clone, "rev-parse", f"ambersafe-saved-{mine[:12]}") == mine
 
 
-def test_an_altered_patch_is_named(clone: Path, wanted: upstream.Wanted) -> None:
+def test_an_altered_patch_is_named(clone: Path, wanted: cloning.Wanted) -> None:
     amend(clone)
     state = upstream.inspect(clone, wanted.series)
     assert [patch.state for patch in state.patches] == ["applied", "applied", "altered"]
@@ -746,7 +746,7 @@ def test_an_altered_patch_is_named(clone: Path, wanted: upstream.Wanted) -> None
     assert not state.is_ours
 
 
-def test_a_users_own_clone_is_taken_over_without_loss(users_clone: Path, wanted: upstream.Wanted) -> None:
+def test_a_users_own_clone_is_taken_over_without_loss(users_clone: Path, wanted: cloning.Wanted) -> None:
     (users_clone / "mine.txt").write_text("mine")
     result = set_up(users_clone, wanted)
     assert result.saved == ()
@@ -755,7 +755,7 @@ def test_a_users_own_clone_is_taken_over_without_loss(users_clone: Path, wanted:
     assert (users_clone / "mine.txt").read_text() == "mine"
 
 
-def test_a_users_own_branch_by_our_name_is_kept(users_clone: Path, wanted: upstream.Wanted) -> None:
+def test_a_users_own_branch_by_our_name_is_kept(users_clone: Path, wanted: cloning.Wanted) -> None:
     git(users_clone, "checkout", "--quiet", "-b", upstream.BRANCH)
     mine = commit(users_clone, {"mine.txt": "mine\n"}, "Mine")
     git(users_clone, "checkout", "--quiet", "main")
@@ -765,7 +765,7 @@ def test_a_users_own_branch_by_our_name_is_kept(users_clone: Path, wanted: upstr
 
 
 def test_an_untracked_file_in_the_way_is_refused_and_with_force_moved_aside(
-    users_clone: Path, wanted: upstream.Wanted
+    users_clone: Path, wanted: cloning.Wanted
 ) -> None:
     (users_clone / "extra.py").write_text("mine\n")
     with pytest.raises(errors.CloneError, match=r"extra\.py") as caught:
@@ -780,7 +780,7 @@ def test_an_untracked_file_in_the_way_is_refused_and_with_force_moved_aside(
     assert [str(users_clone / "extra.py.saved-1") in place for place in result.saved] == [True]
 
 
-def test_a_clone_at_another_commit_is_refused_and_force_takes_it_back(clone: Path, wanted: upstream.Wanted) -> None:
+def test_a_clone_at_another_commit_is_refused_and_force_takes_it_back(clone: Path, wanted: cloning.Wanted) -> None:
     later = replace(wanted, commit="later")
     error = refusal(clone, later)
     assert f"--commit {wanted.commit}" in error.hint
@@ -816,7 +816,7 @@ def stop_cherry_pick(clone: Path) -> None:
 
 @pytest.mark.parametrize("stop", [stop_am, stop_rebase, stop_merge, stop_cherry_pick])
 def test_a_clone_in_the_middle_of_something_is_left_alone(
-    stop: Callable[[Path], None], clone: Path, wanted: upstream.Wanted
+    stop: Callable[[Path], None], clone: Path, wanted: cloning.Wanted
 ) -> None:
     stop(clone)
     minimal = replace(wanted, minimal=True)
@@ -867,7 +867,7 @@ IN_THE_WAY = [
 
 @pytest.mark.parametrize("make", IN_THE_WAY)
 def test_what_is_no_clone_is_refused_and_with_force_moved_aside(
-    make: Callable[[Path], None], folder: Path, wanted: upstream.Wanted
+    make: Callable[[Path], None], folder: Path, wanted: cloning.Wanted
 ) -> None:
     make(folder)
     inode = folder.stat().st_ino
@@ -878,7 +878,7 @@ def test_what_is_no_clone_is_refused_and_with_force_moved_aside(
     assert upstream.inspect(folder, wanted.series).is_exactly(wanted.commit, wanted.patches)
 
 
-def test_a_second_force_leaves_what_the_first_moved_aside(folder: Path, wanted: upstream.Wanted) -> None:
+def test_a_second_force_leaves_what_the_first_moved_aside(folder: Path, wanted: cloning.Wanted) -> None:
     for text in ("first", "second"):
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(exist_ok=True)
@@ -888,7 +888,7 @@ def test_a_second_force_leaves_what_the_first_moved_aside(folder: Path, wanted: 
     assert folder.with_name("clone.saved-2").read_text() == "second"
 
 
-def test_a_forced_setup_that_fails_leaves_what_is_there(folder: Path, wanted: upstream.Wanted) -> None:
+def test_a_forced_setup_that_fails_leaves_what_is_there(folder: Path, wanted: cloning.Wanted) -> None:
     make_folder(folder)
     before = snapshot(folder)
     with pytest.raises(errors.SourceError):
@@ -901,7 +901,7 @@ def test_a_forced_setup_that_fails_leaves_what_is_there(folder: Path, wanted: up
 # What can go wrong
 
 
-def test_without_git_the_error_says_so(folder: Path, wanted: upstream.Wanted, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_git_the_error_says_so(folder: Path, wanted: cloning.Wanted, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(folder.parent))
     for act in (lambda: set_up(folder, wanted), lambda: upstream.inspect(folder, wanted.series)):
         with pytest.raises(errors.GitError, match="git is not installed") as caught:
@@ -917,7 +917,7 @@ def test_without_git_the_command_ends_with_68(command: str, ambersafe: Ambersafe
     assert done.stderr.startswith("error: git is not installed")
 
 
-def test_a_failed_git_command_shows_what_git_said(clone: Path, wanted: upstream.Wanted) -> None:
+def test_a_failed_git_command_shows_what_git_said(clone: Path, wanted: cloning.Wanted) -> None:
     (clone / ".git" / "index.lock").write_text("")
     with pytest.raises(errors.GitError, match=r"index\.lock") as caught:
         set_up(clone, replace(wanted, minimal=True))
@@ -932,7 +932,7 @@ def nothing_was_left(folder: Path) -> bool:
     "url", ["/nowhere/at/all", "file:///nowhere", "http://127.0.0.1:1/x.git", "ext::sh -c 'touch executed'", "-x"]
 )
 def test_no_repository_at_the_url(
-    url: str, folder: Path, wanted: upstream.Wanted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    url: str, folder: Path, wanted: cloning.Wanted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(errors.SourceError) as caught:
@@ -944,7 +944,7 @@ def test_no_repository_at_the_url(
     assert not (tmp_path / "executed").exists()
 
 
-def test_no_such_commit(folder: Path, source: Path, wanted: upstream.Wanted) -> None:
+def test_no_such_commit(folder: Path, source: Path, wanted: cloning.Wanted) -> None:
     unknown = replace(wanted, commit="0123456789" * 4)
     with pytest.raises(errors.SourceError, match=f"{source} has no commit 0123456789"):
         set_up(folder, unknown)
@@ -961,7 +961,7 @@ def test_no_such_commit(folder: Path, source: Path, wanted: upstream.Wanted) -> 
 
 @pytest.mark.parametrize("name", ["--upload-pack=touch executed;", "-uexecuted", "+main:mine", "main:mine", ""])
 def test_what_is_no_name_of_a_commit_never_reaches_git(
-    name: str, folder: Path, wanted: upstream.Wanted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, folder: Path, wanted: cloning.Wanted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(errors.SourceError):
@@ -975,7 +975,7 @@ def test_what_is_no_name_of_a_commit_never_reaches_git(
     assert not list(tmp_path.rglob("executed*"))
 
 
-def test_a_patch_that_does_not_apply_is_shown(folder: Path, wanted: upstream.Wanted) -> None:
+def test_a_patch_that_does_not_apply_is_shown(folder: Path, wanted: cloning.Wanted) -> None:
     with pytest.raises(errors.PatchError) as caught:
         set_up(folder, replace(wanted, commit="diverged"))
     message = caught.value.message
@@ -986,7 +986,7 @@ def test_a_patch_that_does_not_apply_is_shown(folder: Path, wanted: upstream.Wan
     assert nothing_was_left(folder)
 
 
-def test_a_patch_that_does_not_apply_leaves_the_clone_as_it_is(clone: Path, wanted: upstream.Wanted) -> None:
+def test_a_patch_that_does_not_apply_leaves_the_clone_as_it_is(clone: Path, wanted: cloning.Wanted) -> None:
     edit(clone)
     before = snapshot(clone)
     with pytest.raises(errors.PatchError):
@@ -1002,7 +1002,7 @@ def test_the_command_shows_a_patch_that_does_not_apply(source: Path, tmp_path: P
     assert list((tmp_path / "work").iterdir()) == []
 
 
-def test_a_parent_that_is_a_file(tmp_path: Path, wanted: upstream.Wanted) -> None:
+def test_a_parent_that_is_a_file(tmp_path: Path, wanted: cloning.Wanted) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(errors.CloneError, match="Cannot write") as caught:
         set_up(tmp_path / "file" / "clone", wanted)
@@ -1010,7 +1010,7 @@ def test_a_parent_that_is_a_file(tmp_path: Path, wanted: upstream.Wanted) -> Non
     assert "--dir" in caught.value.hint
 
 
-def test_a_parent_that_may_not_be_written(tmp_path: Path, wanted: upstream.Wanted) -> None:
+def test_a_parent_that_may_not_be_written(tmp_path: Path, wanted: cloning.Wanted) -> None:
     tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
     try:
         if os.access(tmp_path, os.W_OK):
@@ -1031,7 +1031,7 @@ def secret_url(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return url
 
 
-def test_a_password_in_the_url_is_in_no_message(folder: Path, secret_url: str, wanted: upstream.Wanted) -> None:
+def test_a_password_in_the_url_is_in_no_message(folder: Path, secret_url: str, wanted: cloning.Wanted) -> None:
     shown = "https://example.invalid/repository.git"
     with pytest.raises(errors.SourceError) as fresh:
         set_up(folder, replace(wanted, url=secret_url, commit="nonesuch"))
@@ -1052,7 +1052,7 @@ def test_a_password_in_the_url_is_not_printed(ambersafe: Ambersafe) -> None:
     assert HIDDEN not in done.stdout + done.stderr
 
 
-def test_two_setups_at_the_same_time_both_end_well(folder: Path, wanted: upstream.Wanted, tmp_path: Path) -> None:
+def test_two_setups_at_the_same_time_both_end_well(folder: Path, wanted: cloning.Wanted, tmp_path: Path) -> None:
     for each in (wanted, replace(wanted, minimal=True)):  # a new clone, then an update
         children = [CHILD.Process(target=set_up_in_child, args=(folder, each, False, {}, tmp_path)) for _ in range(3)]
         for child in children:
@@ -1066,7 +1066,7 @@ def test_two_setups_at_the_same_time_both_end_well(folder: Path, wanted: upstrea
 # Looking only
 
 
-def test_where_there_is_no_clone_inspect_says_how_to_make_one(folder: Path, wanted: upstream.Wanted) -> None:
+def test_where_there_is_no_clone_inspect_says_how_to_make_one(folder: Path, wanted: cloning.Wanted) -> None:
     for _ in range(2):
         with pytest.raises(errors.CloneError, match="There is no clone") as caught:
             upstream.inspect(folder, wanted.series)
@@ -1075,7 +1075,7 @@ def test_where_there_is_no_clone_inspect_says_how_to_make_one(folder: Path, want
         folder.mkdir(parents=True, exist_ok=True)
 
 
-def test_inspect_of_a_clone_without_the_base(folder: Path, source: Path, wanted: upstream.Wanted) -> None:
+def test_inspect_of_a_clone_without_the_base(folder: Path, source: Path, wanted: cloning.Wanted) -> None:
     make_repository(folder, {"train.py": "another\n"})
     state = upstream.inspect(folder, wanted.series)
     assert state.base is None
@@ -1084,7 +1084,7 @@ def test_inspect_of_a_clone_without_the_base(folder: Path, source: Path, wanted:
     assert [patch.state for patch in state.patches] == ["missing"] * 3
 
 
-def test_inspect_changes_nothing(clone: Path, wanted: upstream.Wanted) -> None:
+def test_inspect_changes_nothing(clone: Path, wanted: cloning.Wanted) -> None:
     edit(clone)
     before = snapshot(clone)
     assert upstream.inspect(clone, wanted.series).edited == ("train.py",)

@@ -4,7 +4,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from ambersafe_cli import display, environment, metrics, patches, recipe, runs, stages, upstream
+from ambersafe_cli import cloning, display, environment, metrics, patches, recipe, runs, stages, upstream
 from ambersafe_cli.errors import AmberSafeError, RunFolderError
 
 DATA = Path(__file__).parent / "demo_data"
@@ -25,8 +25,8 @@ def run(clone: Path, url: str | None, python: str) -> int:
     """Set up, build the model, train both stages, show what changed. Returns the exit status. Raises AmberSafeError."""
     environment.probe(python).require_packages()
     with display.progress("setup") as progress:
-        wanted = upstream.Wanted(url or upstream.UPSTREAM_URL, upstream.PINNED_COMMIT, patches.read_series())
-        upstream.set_up(clone, wanted, force=False, progress=progress)
+        wanted = cloning.Wanted(url or upstream.UPSTREAM_URL, upstream.PINNED_COMMIT, patches.read_series())
+        cloning.set_up(clone, wanted, force=False, progress=progress)
     model = _build_model(python)
     run_folders: dict[str, Path] = {}
     for stage in ("sft", "dpo"):

@@ -11,7 +11,7 @@ from ambersafe_cli.errors import AmberSafeError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ambersafe_cli.upstream import Progress
+    from ambersafe_cli.cloning import Progress
 
 
 def _styled(text: str, style: str) -> str:

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 def setup(folder: Path, repo: str | None, commit: str | None, minimal: bool, force: bool) -> None:
     """Make or mend the clone and say what was done. Raises CloneError, SourceError, PatchError, GitError."""
-    from ambersafe_cli import upstream
+    from ambersafe_cli import cloning, upstream
 
     series = patches.read_series()
-    wanted = upstream.Wanted(repo or upstream.UPSTREAM_URL, commit or upstream.PINNED_COMMIT, series, minimal)
+    wanted = cloning.Wanted(repo or upstream.UPSTREAM_URL, commit or upstream.PINNED_COMMIT, series, minimal)
     with display.progress("setup") as progress:
-        result = upstream.set_up(folder, wanted, force, progress)
+        result = cloning.set_up(folder, wanted, force, progress)
     state = result.state
     for place in result.saved:
         display.warn(f"kept {place}")
