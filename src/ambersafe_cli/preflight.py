@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from ambersafe_cli import checkpoints
 from ambersafe_cli.environment import INSTALL_HINT
 from ambersafe_cli.errors import ArchiveError, CloneError
 from ambersafe_cli.overrides import Value, read_yaml
+from ambersafe_cli.plans import Plan, in_gigabytes, make_plan
 
 if TYPE_CHECKING:
     from ambersafe_cli.environment import TrainingEnvironment
@@ -27,9 +27,6 @@ SAMPLE = 20_000
 
 _LOOK_AT_DATA = Path(__file__).parent / "children" / "look_at_data.py"
 _SAFERLHF = Path(__file__).parent / "saferlhf.py"
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
-_OPTIMIZER_STATES = {"RMSprop": 1, "SGD": 0, "Adam": 2, "AdamW": 2, "Adagrad": 1}
-"""Numbers that an optimizer keeps a parameter, with upstream's settings (no momentum)."""
 
 
 @dataclass(frozen=True)
@@ -39,21 +36,6 @@ class Finding:
     level: Literal["error", "warning"]
     what: str
     mend: str
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run will do: counts; sizes in bytes, None where the model's size is not known."""
-
-    examples_an_epoch: int
-    steps: int
-    evaluations: int
-    checkpoints_kept: int
-    parameters: int | None
-    checkpoint_bytes: int | None
-    disk_bytes: int | None
-    disk_free_bytes: int
-    memory: Mapping[str, int] | None
 
 
 @dataclass(frozen=True)
@@ -97,7 +79,7 @@ def check(subject: Subject) -> Report:
         data = look_at_data(subject, config, model)
         findings += _of_data(subject, config, data)
         if "splits" in data:
-            plan = make_plan(subject, config, data, shapes)
+            plan = make_plan(subject.stage.name, subject.processes, subject.run_folder, config, data, shapes)
             findings += _of_disk(plan)
     return Report(tuple(findings), plan)
 
@@ -319,62 +301,6 @@ def _of_data(subject: Subject, config: Mapping[str, Any], data: Mapping[str, Any
         yield Finding("error", f"{cut['empty']} pairs have no token of prompt or response left.", "Raise --max-length.")
 
 
-def make_plan(
-    subject: Subject, config: Mapping[str, Any], data: Mapping[str, Any], model: checkpoints.Shapes | None
-) -> Plan:
-    """Steps, evaluations, checkpoints, disk and memory, by arithmetic on the config and the model's shapes."""
-    batch, every = config["batch_size"], max(config["eval_every"] // config["batch_size"] * config["batch_size"], 1)
-    n = data["splits"]["train"][subject.stage.name]
-    steps = n // batch * (config["n_epochs"] or 10**9)
-    if config["n_examples"] is not None:
-        steps = min(steps, -(-config["n_examples"] // batch))
-    saves = max(steps * batch - 1, 0) // every
-    kept = saves if config.get("keep_checkpoints") is None else min(saves, config["keep_checkpoints"] + 1)
-    kept += config.get("keep_best") is not None
-    size = checkpoints.parameters(model) if model else None
-    weights = _BYTES.get(str(config["model.policy_dtype"]), 4)
-    states = _OPTIMIZER_STATES.get(str(config["optimizer"]), 2)
-    checkpoint = size * weights * (1 + states) if size else None
-    return Plan(
-        examples_an_epoch=n,
-        steps=steps,
-        evaluations=saves + bool(config["do_first_eval"]) + bool(config.get("do_final_eval")),
-        checkpoints_kept=kept + 1,
-        parameters=size,
-        checkpoint_bytes=checkpoint,
-        disk_bytes=checkpoint * (kept + 1) if checkpoint else None,
-        disk_free_bytes=shutil.disk_usage(_existing(subject.run_folder)).free,
-        memory=_memory(subject, config, size, data, model) if size and model else None,
-    )
-
-
-def _memory(
-    subject: Subject, config: Mapping[str, Any], size: int, data: Mapping[str, Any], model: checkpoints.Shapes
-) -> dict[str, int]:
-    """Bytes a process needs, by part."""
-    weights = _BYTES.get(str(config["model.policy_dtype"]), 4)
-    shards = subject.processes
-    memory = {
-        "weights": size * weights // shards,
-        "gradients": size * weights // shards,
-        "optimizer": size * weights * _OPTIMIZER_STATES.get(str(config["optimizer"]), 2) // shards,
-    }
-    if subject.stage.name == "dpo":
-        memory["reference model"] = size * _BYTES.get(str(config["model.reference_dtype"]), 2) // shards
-    # What upstream's loss holds at once of a microbatch: logits and their log-softmax in float32, and the gradient.
-    vocabulary = max((shape[0] for name, shape in model.items() if "embed" in name or "wte" in name), default=0)
-    sequences = config["batch_size"] // (config["gradient_accumulation_steps"] * shards)
-    sequences *= 2 if subject.stage.name == "dpo" else 1
-    memory["logits of the longest microbatch"] = (
-        3 * 4 * sequences * data["splits"]["train"]["sampled"]["tokens_longest"] * vocabulary
-    )
-    return memory
-
-
-def _existing(folder: Path) -> Path:
-    return next(path for path in (folder, *folder.parents) if path.exists())
-
-
 def _of_disk(plan: Plan) -> Iterator[Finding]:
     if plan.disk_bytes and plan.disk_bytes > plan.disk_free_bytes:
         yield Finding(
@@ -382,28 +308,3 @@ def _of_disk(plan: Plan) -> Iterator[Finding]:
             f"The checkpoints need {in_gigabytes(plan.disk_bytes)}, and {in_gigabytes(plan.disk_free_bytes)} are free.",
             "Keep fewer (--keep 1), save less often (eval_every=…), or work on a larger disk.",
         )
-
-
-def describe(plan: Plan) -> list[tuple[str, str]]:
-    """The plan in words, with the arithmetic."""
-    rows = [
-        ("examples an epoch", f"{plan.examples_an_epoch:,}"),
-        ("optimizer steps", f"{plan.steps:,}"),
-        ("evaluations", f"{plan.evaluations:,}"),
-    ]
-    if plan.parameters and plan.checkpoint_bytes and plan.disk_bytes and plan.memory is not None:
-        rows += [
-            ("parameters", f"{plan.parameters:,}"),
-            ("a checkpoint (weights and optimizer)", in_gigabytes(plan.checkpoint_bytes)),
-            (f"disk for {plan.checkpoints_kept} of them", in_gigabytes(plan.disk_bytes)),
-        ]
-        rows += [(f"memory a process: {part}", in_gigabytes(size)) for part, size in plan.memory.items()]
-        rows.append(("memory a process, all of these", in_gigabytes(sum(plan.memory.values()))))
-    else:
-        rows.append(("disk and memory", "not known: the model is not on this machine"))
-    return [*rows, ("disk that is free", in_gigabytes(plan.disk_free_bytes))]
-
-
-def in_gigabytes(size: int) -> str:
-    """A size for people, in powers of ten, as disks are sold."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ambersafe_cli import __version__, attempts, display, environment, launch, patches, preflight, runs, upstream
+from ambersafe_cli import __version__, attempts, display, environment, launch, patches, plans, preflight, runs, upstream
 from ambersafe_cli import recipe as recipes
 from ambersafe_cli.errors import ArchiveError, CloneError, PreflightError, UsageError
 
@@ -112,7 +112,7 @@ def check(request: Request, as_json: bool) -> None:
     else:
         _show_notes(prepared)
         if report.plan:
-            display.write_table("What this run will do", ("", ""), preflight.describe(report.plan))
+            display.write_table("What this run will do", ("", ""), plans.describe(report.plan))
     _require(report)
 
 

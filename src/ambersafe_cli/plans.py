@@ -1,0 +1,113 @@
+"""What a run will do: steps, evaluations, checkpoints, disk and memory, by arithmetic that is shown."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ambersafe_cli import checkpoints
+
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
+_OPTIMIZER_STATES = {"RMSprop": 1, "SGD": 0, "Adam": 2, "AdamW": 2, "Adagrad": 1}
+"""Numbers that an optimizer keeps a parameter, with upstream's settings (no momentum)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do: counts; sizes in bytes, None where the model's size is not known."""
+
+    examples_an_epoch: int
+    steps: int
+    evaluations: int
+    checkpoints_kept: int
+    parameters: int | None
+    checkpoint_bytes: int | None
+    disk_bytes: int | None
+    disk_free_bytes: int
+    memory: Mapping[str, int] | None
+
+
+def make_plan(
+    stage: str,
+    processes: int,
+    run_folder: Path,
+    config: Mapping[str, Any],
+    data: Mapping[str, Any],
+    model: checkpoints.Shapes | None,
+) -> Plan:
+    """Steps, evaluations, checkpoints, disk and memory, by arithmetic on the config and the model's shapes."""
+    batch, every = config["batch_size"], max(config["eval_every"] // config["batch_size"] * config["batch_size"], 1)
+    n = data["splits"]["train"][stage]
+    steps = n // batch * (config["n_epochs"] or 10**9)
+    if config["n_examples"] is not None:
+        steps = min(steps, -(-config["n_examples"] // batch))
+    saves = max(steps * batch - 1, 0) // every
+    kept = saves if config.get("keep_checkpoints") is None else min(saves, config["keep_checkpoints"] + 1)
+    kept += config.get("keep_best") is not None
+    size = checkpoints.parameters(model) if model else None
+    weights = _BYTES.get(str(config["model.policy_dtype"]), 4)
+    states = _OPTIMIZER_STATES.get(str(config["optimizer"]), 2)
+    checkpoint = size * weights * (1 + states) if size else None
+    return Plan(
+        examples_an_epoch=n,
+        steps=steps,
+        evaluations=saves + bool(config["do_first_eval"]) + bool(config.get("do_final_eval")),
+        checkpoints_kept=kept + 1,
+        parameters=size,
+        checkpoint_bytes=checkpoint,
+        disk_bytes=checkpoint * (kept + 1) if checkpoint else None,
+        disk_free_bytes=shutil.disk_usage(_existing(run_folder)).free,
+        memory=_memory(stage, processes, config, size, data, model) if size and model else None,
+    )
+
+
+def _memory(
+    stage: str, shards: int, config: Mapping[str, Any], size: int, data: Mapping[str, Any], model: checkpoints.Shapes
+) -> dict[str, int]:
+    """Bytes a process needs, by part."""
+    weights = _BYTES.get(str(config["model.policy_dtype"]), 4)
+    memory = {
+        "weights": size * weights // shards,
+        "gradients": size * weights // shards,
+        "optimizer": size * weights * _OPTIMIZER_STATES.get(str(config["optimizer"]), 2) // shards,
+    }
+    if stage == "dpo":
+        memory["reference model"] = size * _BYTES.get(str(config["model.reference_dtype"]), 2) // shards
+    # What upstream's loss holds at once of a microbatch: logits and their log-softmax in float32, and the gradient.
+    vocabulary = max((shape[0] for name, shape in model.items() if "embed" in name or "wte" in name), default=0)
+    sequences = config["batch_size"] // (config["gradient_accumulation_steps"] * shards)
+    sequences *= 2 if stage == "dpo" else 1
+    memory["logits of the longest microbatch"] = (
+        3 * 4 * sequences * data["splits"]["train"]["sampled"]["tokens_longest"] * vocabulary
+    )
+    return memory
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def describe(plan: Plan) -> list[tuple[str, str]]:
+    """The plan in words, with the arithmetic."""
+    rows = [
+        ("examples an epoch", f"{plan.examples_an_epoch:,}"),
+        ("optimizer steps", f"{plan.steps:,}"),
+        ("evaluations", f"{plan.evaluations:,}"),
+    ]
+    if plan.parameters and plan.checkpoint_bytes and plan.disk_bytes and plan.memory is not None:
+        rows += [
+            ("parameters", f"{plan.parameters:,}"),
+            ("a checkpoint (weights and optimizer)", in_gigabytes(plan.checkpoint_bytes)),
+            (f"disk for {plan.checkpoints_kept} of them", in_gigabytes(plan.disk_bytes)),
+        ]
+        rows += [(f"memory a process: {part}", in_gigabytes(size)) for part, size in plan.memory.items()]
+        rows.append(("memory a process, all of these", in_gigabytes(sum(plan.memory.values()))))
+    else:
+        rows.append(("disk and memory", "not known: the model is not on this machine"))
+    return [*rows, ("disk that is free", in_gigabytes(plan.disk_free_bytes))]
+
+
+def in_gigabytes(size: int) -> str:
+    """A size for people, in powers of ten, as disks are sold."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
