@@ -59,6 +59,9 @@ def test_version_and_module_entry_point(ambersafe: Ambersafe) -> None:
         (("recipes", "nope"), 67, "There is no recipe nope"),
         (("sft", "--data", "no.jsonl"), 65, "There is no file or folder no.jsonl"),
         (("data", "--data", "no.jsonl"), 65, "There is no file or folder no.jsonl"),
+        (("sft", "--data", ""), 64, "--data is empty"),
+        (("sft", "--lr", "inf"), 64, "lr must be a number"),
+        (("dpo", "--beta", "inf"), 64, "loss.beta must be a number above 0"),
         (("dpo", "--beta", "0"), 64, "loss.beta must be a number above 0"),
         (("sft", "--trainer", "Foo"), 64, "There is no trainer Foo"),
         (("sft", "--keep", "0"), 64, "Invalid value for '--keep'"),
@@ -171,7 +174,11 @@ def test_data_counts_rows_and_says_it_in_both_ways(ambersafe: Ambersafe, tmp_pat
         "prompts": 20,
         "sft_examples": 20,
         "pairs": 40,
-        "lengths": {"prompt": [3, 3, 3], "chosen": [1, 18, 19], "rejected": [20, 38, 39]},
+        "lengths": {
+            "prompt": {"p50": 3, "p95": 3, "longest": 3},
+            "chosen": {"p50": 1, "p95": 18, "longest": 19},
+            "rejected": {"p50": 20, "p95": 38, "longest": 39},
+        },
     }
     shown = ambersafe("data", "--data", tmp_path)
     assert "dropped: both are unsafe" in shown.stdout
@@ -182,10 +189,10 @@ def test_data_counts_rows_and_says_it_in_both_ways(ambersafe: Ambersafe, tmp_pat
     ("name", "text", "message"),
     [
         ("rows.jsonl", '{"prompt": "p", "response_0": "a"}\n', "no column response_1"),
-        ("rows.jsonl", '{"prompt": \n', "Cannot read"),
+        ("rows.jsonl", '{"prompt": \n', "rows.jsonl"),
         ("rows.jsonl", "", "it has no rows"),
         ("rows.csv", "prompt,response_0,response_1,is_response_0_safe,is_response_1_safe\na,b,c,0,1\n", "holds int64"),
-        ("rows.parquet", "this is no parquet", "Cannot read"),
+        ("rows.parquet", "this is no parquet", "rows.parquet"),
         ("rows.txt", "hello", "ends in .jsonl, .json, .parquet, .csv"),
     ],
 )

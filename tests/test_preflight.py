@@ -63,6 +63,10 @@ def test_a_run_with_nothing_wrong_shows_its_plan_and_starts_nothing(check: Check
 
 def test_all_errors_are_told_at_once_and_the_stage_does_not_start(check: Check, tmp_path: Path) -> None:
     data = write(tmp_path / "rows", rows(10, response_0="good </s> but with an EOS"), rows(5))
+    for key, value in (("batch_size", "abc"), ("eval_batch_size", "0"), ("eval_every", "1.5"), ("n_epochs", "null")):
+        done = check("sft", "--data", data, f"{key}={value}")
+        assert done.returncode == 76
+        assert key in done.stderr
     given = ("--data", data, "--batch-size", "18", "--grad-accum", "4", "eval_every=10")
     done = check("sft", *given)
     assert done.returncode == 76

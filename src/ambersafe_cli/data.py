@@ -10,7 +10,7 @@ from ambersafe_cli.errors import DataError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-PERCENTILES = (50, 95, 100)
+PERCENTILES = {"p50": 50, "p95": 95, "longest": 100}
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class SplitSummary:
     prompts: int
     sft_examples: int
     pairs: int
-    lengths: Mapping[str, tuple[int, ...]]
+    lengths: Mapping[str, Mapping[str, int]]
 
 
 def summarize(source: str, revision: str | None) -> dict[str, SplitSummary]:
@@ -44,12 +44,14 @@ def summarize(source: str, revision: str | None) -> dict[str, SplitSummary]:
         try:
             table = load_saferlhf(split, silent=True)
         except Exception as error:  # `datasets` raises many kinds: of the hub, of pyarrow, of pandas, its own
-            raise DataError(f"Cannot read {source}: {_innermost(error)}", _hint(error)) from error
+            said = _innermost(error)
+            raise DataError(said if source in said else f"Cannot read {source}: {said}", _hint(error)) from error
         summaries[split] = _summarize(table, group_saferlhf_pairs(table))
         if not summaries[split].pairs:
+            rows = f"of {table.num_rows} rows none has exactly one safe response" if table.num_rows else "no rows"
             raise DataError(
-                f"{source} ({split} split): of {table.num_rows} rows none has exactly one safe response.",
-                "There is nothing to prefer: check is_response_0_safe and is_response_1_safe.",
+                f"{source} ({split} split): {rows}.",
+                "A row counts if one of is_response_0_safe and is_response_1_safe is true; whole prompts are held out.",
             )
     return summaries
 
@@ -66,7 +68,10 @@ def _summarize(table: "pa.Table", data: Mapping[str, Mapping[str, list[str]]]) -
         "rejected": [response for entry in data.values() for response in entry["responses"][1::2]],
     }
     lengths = {
-        name: tuple(int(n) for n in np.percentile([len(text) for text in column], PERCENTILES, method="higher"))
+        name: {
+            label: int(np.percentile([len(text) for text in column], percentile, method="higher"))
+            for label, percentile in PERCENTILES.items()
+        }
         for name, column in texts.items()
         if column
     }

@@ -72,7 +72,8 @@ def plan(
         stage = stage.with_values({"trainer": "FSDPTrainer"})
     if stage.get("model.fsdp_policy_mp") and "FSDP" not in stage.trainer:
         raise UsageError(
-            f"--bf16 needs FSDPTrainer: {stage.trainer} has no mixed precision.", "On one GPU or a CPU: --nproc 1."
+            f"--bf16 needs FSDPTrainer: {stage.trainer} has no mixed precision.",
+            "--nproc 1 runs FSDPTrainer in one process, on one GPU or on the CPU.",
         )
 
     unknown = [k for p in clone.patches if p.state == "missing" for k in p.patch.config_keys if k in stage.values]

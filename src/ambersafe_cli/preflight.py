@@ -64,7 +64,10 @@ class Subject:
 def check(subject: Subject) -> Report:
     """Look at everything, and return what was found. Raises CloneError if upstream's config cannot be read."""
     config = effective_config(subject)
-    findings = [*_of_clone(subject), *_of_environment(subject), *_of_settings(subject, config)]
+    findings = [*_of_clone(subject), *_of_environment(subject), *_of_types(config)]
+    if any(finding.level == "error" for finding in findings):
+        return Report(tuple(findings), None)  # what follows reckons with these
+    findings += _of_settings(subject, config)
     model = model_folder(config)
     findings += _of_cache(config, model)
     shapes = None
@@ -129,6 +132,17 @@ def _of_environment(subject: Subject) -> Iterator[Finding]:
     missing = subject.environment.missing
     if missing:
         yield Finding("error", f"{subject.environment.python} lacks {', '.join(missing)}.", INSTALL_HINT)
+
+
+def _of_types(config: Mapping[str, Any]) -> Iterator[Finding]:
+    counts = ["batch_size", "gradient_accumulation_steps", "eval_batch_size", "eval_every", "max_length"]
+    counts += ["max_prompt_length", *(key for key in ("n_epochs", "n_examples") if config[key] is not None)]
+    for key in counts:
+        value = config[key]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            yield Finding("error", f"{key} must be a whole number from 1 on, it is {value!r}.", f"Change {key}.")
+    if config["n_epochs"] is None and config["n_examples"] is None:
+        yield Finding("error", "Neither n_epochs nor n_examples says when to end.", "Give --epochs.")
 
 
 def _of_settings(subject: Subject, config: Mapping[str, Any]) -> Iterator[Finding]:

@@ -4,6 +4,7 @@ A recipe is a YAML file with the values of both stages, named as upstream's conf
 flags, flags over the recipe, the recipe over upstream's own config.
 """
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -167,6 +168,8 @@ def resolve(name: StageName, recipe: Recipe, flags: Flags, override_texts: Seque
 
 def resolve_data(recipe: Recipe, flags: Flags) -> tuple[str, str | None]:
     """Where the rows come from: the flag, the environment, the recipe, the hub's PKU-SafeRLHF, in this order."""
+    if flags.data == "":
+        raise UsageError("--data is empty.", "Give a path, or the name of a dataset on the hub, or leave --data away.")
     environment = os.environ.get("SAFERLHF_DATASET"), os.environ.get("SAFERLHF_REVISION")
     if flags.data:
         data, revision = flags.data, flags.data_revision
@@ -192,8 +195,10 @@ def _check(stage: Stage) -> None:
     if stage.get("loss") not in (stage.name, None):
         raise UsageError(f"`ambersafe {stage.name}` trains with loss={stage.name}, not loss={stage.get('loss')}.")
     beta = stage.get("loss.beta")
-    if stage.name == "dpo" and (not isinstance(beta, int | float) or beta <= 0):
+    if stage.name == "dpo" and (not isinstance(beta, int | float) or not 0 < beta < math.inf):
         raise UsageError(f"loss.beta must be a number above 0, it is {beta}.", "Give --beta, e.g. --beta 0.1.")
+    if not isinstance(rate := stage.get("lr"), int | float | None) or not math.isfinite(rate or 0):
+        raise UsageError(f"lr must be a number, it is {rate}.", "Give --lr, e.g. --lr 5e-7.")
     if stage.get("loss.name") == "ipo" and stage.get("loss.label_smoothing"):
         raise UsageError("Upstream's IPO loss has no label smoothing.", "Leave --label-smoothing or --loss ipo away.")
     if stage.trainer not in TRAINERS:
@@ -204,7 +209,7 @@ def _check(stage: Stage) -> None:
     if isinstance(longest, int) and isinstance(prompt, int) and longest <= prompt:
         raise UsageError(
             f"max_length is {longest}, and max_prompt_length {prompt} of it: nothing is left for a response.",
-            f"Add max_prompt_length={longest // 2} behind the flags.",
+            f"Add max_prompt_length={longest // 2} behind the flags." if longest > 3 else "Give a larger --max-length.",
         )
     exp_name = stage.get("exp_name")
     if not isinstance(exp_name, str) or not exp_name.strip(".") or "/" in exp_name or "\0" in exp_name:

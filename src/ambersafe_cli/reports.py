@@ -97,9 +97,9 @@ def data(recipe_name: str, source: str | None, revision: str | None, as_json: bo
     }
     rows = [(label, *(f"{getattr(s, key):,}" for s in summaries.values())) for key, label in labels.items()]
     for text in ("prompt", "chosen", "rejected"):
-        for index, percentile in enumerate(data_.PERCENTILES):
+        for label, percentile in data_.PERCENTILES.items():
             name = f"{text}: characters, " + ("longest" if percentile == 100 else f"{percentile} % are up to")
-            rows.append((name, *(f"{s.lengths[text][index]:,}" for s in summaries.values())))
+            rows.append((name, *(f"{s.lengths[text][label]:,}" for s in summaries.values())))
     display.write_table(f"{place}{f' at {revision}' if revision else ''}", ("", *summaries), rows)
 
 

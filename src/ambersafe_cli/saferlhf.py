@@ -180,7 +180,8 @@ def get_saferlhf(split: str, silent: bool = False, cache_dir: str | None = None)
     table = load_saferlhf(split, silent, cache_dir)
     data = group_saferlhf_pairs(table)
     if not data:
-        raise ValueError(f"the {split} split has {table.num_rows} rows, none with exactly one safe response")
+        rows = f"{table.num_rows} rows, none with exactly one safe response" if table.num_rows else "no rows"
+        raise ValueError(f"the {split} split has {rows}")
     if not silent:
         print("done")
     return data
