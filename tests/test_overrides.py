@@ -52,6 +52,8 @@ def test_what_upstream_would_take_for_a_reference_is_refused() -> None:
 
 
 @given(st.one_of(awkward, st.integers().map(str), st.floats(allow_nan=False, allow_infinity=False).map(str)))
+@example("\\")
+@example("\\\n")
 def test_a_quoted_override_is_read_as_hydra_reads_it(text: str) -> None:
     if "${" not in text:
         override = assign("key", text)

@@ -90,7 +90,7 @@ def _read_value(text: str) -> Value:
     """Read a number, a word or a quoted text as Hydra does; or a list of them; None for null and all else."""
     text = text.strip()
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
-        return re.sub(rf"(\\+)(?={text[0]}|\\Z)", lambda m: "\\" * (len(m[1]) // 2), text[1:-1])
+        return re.sub(rf"(\\+)(?={text[0]}|\Z)", lambda m: "\\" * (len(m[1]) // 2), text[1:-1])
     try:
         value = read_yaml(text)
     except yaml.YAMLError:
