@@ -20,8 +20,9 @@ Ambersafe = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.fixture(scope="session", autouse=True)
 def surroundings_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep the user's Hugging Face cache out of the tests, and the network, on which none of them may depend."""
-    # In the background of a shell Ctrl-C is ignored, and a child would inherit that.
+    # In the background of a shell Ctrl-C and Ctrl-\ are ignored, and a child would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
     os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf_home"))
     os.environ["HF_HUB_OFFLINE"] = "1"
     for variable in ("AMBERSAFE_UPSTREAM_DIR", "SAFERLHF_DATASET", "SAFERLHF_REVISION", "CUDA_VISIBLE_DEVICES"):

@@ -168,7 +168,7 @@ def _signals() -> Iterator[list[int]]:
     def collect(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
-    # SIGQUIT is Ctrl-\\; the last two are what schedulers can be told to send before they end a job.
+    # SIGQUIT is Ctrl-\; the last two are what schedulers can be told to send before they end a job.
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
     old = {number: signal.getsignal(number) for number in numbers}
     for number, handler in old.items():
