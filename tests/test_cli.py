@@ -190,7 +190,7 @@ def test_data_counts_rows_and_says_it_in_both_ways(ambersafe: Ambersafe, tmp_pat
     [
         ("rows.jsonl", '{"prompt": "p", "response_0": "a"}\n', "no column response_1"),
         ("rows.jsonl", '{"prompt": \n', "rows.jsonl"),
-        ("rows.jsonl", "", "it has no rows"),
+        ("rows.jsonl", "", "rows.jsonl"),  # what is said differs between versions of `datasets`
         ("rows.csv", "prompt,response_0,response_1,is_response_0_safe,is_response_1_safe\na,b,c,0,1\n", "holds int64"),
         ("rows.parquet", "this is no parquet", "rows.parquet"),
         ("rows.txt", "hello", "ends in .jsonl, .json, .parquet, .csv"),
