@@ -74,7 +74,7 @@ def test_all_errors_are_told_at_once_and_the_stage_does_not_start(check: Check, 
     for message in (
         "batch_size 18 cannot be cut into 4 microbatches",
         "eval_every 10 is smaller than batch_size 18",
-        "10 rows hold the tokenizer's EOS '</s>'",
+        "10 prompts hold the tokenizer's EOS '</s>'",
         "10 prompts to train on, fewer than batch_size 18",
         "5 prompts in the test split, fewer than eval_batch_size 16",
     ):
@@ -86,7 +86,7 @@ def test_all_errors_are_told_at_once_and_the_stage_does_not_start(check: Check, 
 
 
 def test_what_is_dropped_cut_or_counted_twice_is_counted(check: Check, tmp_path: Path) -> None:
-    long = rows(20, response_1=" ".join(["word"] * 200))
+    long = rows(20, response_0=" ".join(["word"] * 200))
     done = check("dpo", "--archive", tmp_path, "--data", write(tmp_path / "rows", [*rows(50), *long], rows(40)))
     assert done.returncode == 66, "an archive that is not there is told before anything else"
     done = check("sft", "--data", tmp_path / "rows")
@@ -94,7 +94,7 @@ def test_what_is_dropped_cut_or_counted_twice_is_counted(check: Check, tmp_path:
     assert "The last 2 prompts of each epoch are dropped" in done.stderr
     assert "n_eval_examples is 48, but there are 40 prompts in the test split" in done.stderr
     assert (
-        "Of 70 pairs looked at, 20 have their responses cut and 0 their prompt; 20 responses lose their EOS"
+        "Of 50 examples looked at, 20 have a response cut and 0 their prompt; 20 responses lose their EOS"
         in done.stderr
     )
 
@@ -210,7 +210,13 @@ def test_a_model_that_is_not_here_is_an_error_offline(check: Check, tmp_path: Pa
     assert "There is no model no such model" in done.stderr
 
 
-def test_tokens_are_counted_as_upstream_cuts_them(model: Path, patched: Path, tmp_path: Path) -> None:  # noqa: F811
+@pytest.mark.parametrize("keep_eos", [False, True])
+def test_tokens_are_counted_as_upstream_cuts_them(
+    model: Path,  # noqa: F811
+    patched: Path,
+    tmp_path: Path,
+    keep_eos: bool,
+) -> None:
     """The arithmetic of preflight against upstream's tokenize_batch_element itself."""
     look = Path(demo.__file__).parent / "children" / "look_at_data.py"
     code = f"""
@@ -225,10 +231,13 @@ rng = random.Random(0)
 text = lambda: " ".join(rng.choices(["first", "check", "the", "ladder", "é", "never"], k=rng.randrange(1, 40)))
 for _ in range(300):
     texts = [text() for _ in range(3)]
-    lengths = tuple(count([t])[0] for t in texts)
-    assert look["cut"]([lengths], 40, 15)["tokens_longest"] == max(
-        len(v) for k, v in tokenize_batch_element(*texts, "keep_start", tokenizer, 40, 15).items()
-        if k in ("chosen_input_ids", "rejected_input_ids")), (texts, lengths)
+    prompt, *responses = (count([t])[0] for t in texts)
+    element = tokenize_batch_element(*texts, "keep_start", tokenizer, 40, 15, {keep_eos})
+    left, kept = look["cut_one"](prompt, [r + 1 for r in responses], 40, 15, {keep_eos})
+    ids = [element[k + "_input_ids"] for k in ("prompt", "chosen", "rejected")]
+    assert [left, left + kept[0], left + kept[1]] == [len(i) for i in ids], texts
+    lost = sum(i[-1] != tokenizer.eos_token_id for i in ids[1:])
+    assert look["cut"]([(prompt, *responses)], 40, 15, {keep_eos})["eos_lost"] == lost, texts
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -49,7 +49,7 @@ Epochs = Annotated[int | None, typer.Option(min=1, help="Times through the data.
 MaxLength = Annotated[int | None, typer.Option(min=2, help="Tokens of prompt and response together.")]
 Trainer = Annotated[str | None, typer.Option(help="FSDPTrainer or BasicTrainer.")]
 ExpName = Annotated[str | None, typer.Option(help="The run's name: the beginning of its folder's.")]
-Seed = Annotated[int | None, typer.Option(help="Upstream's seed. The order of its data does not depend on it.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the order of the data, if seed_data is set, as in the recipe best.")]
 Bf16 = Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16; the weights stay float32.")]
 Wandb = Annotated[bool | None, typer.Option(help="Log to Weights & Biases.", show_default="off")]
 Nproc = Annotated[

@@ -38,10 +38,8 @@ def make_plan(
 ) -> Plan:
     """Steps, evaluations, checkpoints, disk and memory, by arithmetic on the config and the model's shapes."""
     batch, every = config["batch_size"], max(config["eval_every"] // config["batch_size"] * config["batch_size"], 1)
-    n = data["splits"]["train"][stage]
-    steps = n // batch * (config["n_epochs"] or 10**9)
-    if config["n_examples"] is not None:
-        steps = min(steps, -(-config["n_examples"] // batch))
+    n = data["splits"]["train"]["examples"]
+    steps = count_steps(n, batch, config["n_epochs"], config["n_examples"], bool(config.get("fill_last_batch")))
     saves = max(steps * batch - 1, 0) // every
     kept = saves if config.get("keep_checkpoints") is None else min(saves, config["keep_checkpoints"] + 1)
     kept += config.get("keep_best") is not None
@@ -60,6 +58,25 @@ def make_plan(
         disk_free_bytes=shutil.disk_usage(_existing(run_folder)).free,
         memory=_memory(stage, processes, config, size, data, model) if size and model else None,
     )
+
+
+def count_steps(
+    examples: int, batch_size: int, n_epochs: int | None, n_examples: int | None, fill_last_batch: bool
+) -> int:
+    """How many steps train.py does: upstream's get_batch_iterator, with or without the last batch of each epoch.
+
+    What is dropped behind an epoch's last batch counts towards n_examples.
+    """
+    limits = []
+    batches = examples // batch_size
+    if n_epochs is not None:
+        limits.append(-(-examples * n_epochs // batch_size) if fill_last_batch else batches * n_epochs)
+    if n_examples is not None and (fill_last_batch or not batches):
+        limits.append(-(-n_examples // batch_size))
+    elif n_examples is not None:
+        whole_epochs = max(0, -(-(n_examples - batches * batch_size) // examples))
+        limits.append(whole_epochs * batches + max(1, -(-(n_examples - whole_epochs * examples) // batch_size)))
+    return min(limits)
 
 
 def _memory(

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from ambersafe_cli import checkpoints
+from ambersafe_cli import checkpoints, data_findings
 from ambersafe_cli.environment import INSTALL_HINT
 from ambersafe_cli.errors import ArchiveError, CloneError
+from ambersafe_cli.findings import Finding
 from ambersafe_cli.overrides import Value, read_yaml
 from ambersafe_cli.plans import Plan, in_gigabytes, make_plan
 
@@ -21,21 +21,6 @@ if TYPE_CHECKING:
     from ambersafe_cli.environment import TrainingEnvironment
     from ambersafe_cli.recipe import Stage
     from ambersafe_cli.upstream import CloneState
-
-SAMPLE = 20_000
-"""How many pairs of a split are tokenized to measure what is cut; all of them if there are no more."""
-
-_LOOK_AT_DATA = Path(__file__).parent / "children" / "look_at_data.py"
-_SAFERLHF = Path(__file__).parent / "saferlhf.py"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something that an error stops the run for, or that a user should know; and what to change."""
-
-    level: Literal["error", "warning"]
-    what: str
-    mend: str
 
 
 @dataclass(frozen=True)
@@ -79,11 +64,11 @@ def check(subject: Subject) -> Report:
     findings += _of_block(subject.stage, model, config)
     plan = None
     if config["datasets"] == ["saferlhf"] and not subject.environment.missing:
-        data = look_at_data(subject, config, model)
-        findings += _of_data(subject, config, data)
+        data = data_findings.look_at_data(subject.stage, subject.environment, config, model)
+        findings += data_findings.of_data(subject.stage, config, data)
         if "splits" in data:
             plan = make_plan(subject.stage.name, subject.processes, subject.run_folder, config, data, shapes)
-            findings += _of_disk(plan)
+            findings += [*_of_disk(plan), *_of_learning_rate(config, plan)]
     return Report(tuple(findings), plan)
 
 
@@ -143,6 +128,11 @@ def _of_types(config: Mapping[str, Any]) -> Iterator[Finding]:
             yield Finding("error", f"{key} must be a whole number from 1 on, it is {value!r}.", f"Change {key}.")
     if config["n_epochs"] is None and config["n_examples"] is None:
         yield Finding("error", "Neither n_epochs nor n_examples says when to end.", "Give --epochs.")
+    if config.get("lr_decay") not in (None, "linear", "cosine"):
+        yield Finding("error", f"lr_decay must be linear, cosine or null, it is {config['lr_decay']!r}.", "")
+    seed = config["seed"]
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        yield Finding("error", f"seed must be a whole number from 0 to 4294967295, it is {seed!r}.", "Change --seed.")
 
 
 def _of_settings(subject: Subject, config: Mapping[str, Any]) -> Iterator[Finding]:
@@ -160,6 +150,12 @@ def _of_settings(subject: Subject, config: Mapping[str, Any]) -> Iterator[Findin
             "error",
             f"eval_batch_size {eval_batch} cannot be cut for {ranks} ranks: examples would be dropped.",
             f"Add eval_batch_size={-(-eval_batch // ranks) * ranks} behind the flags.",
+        )
+    if config["seed"] and not config.get("seed_data"):
+        yield Finding(
+            "warning",
+            f"seed {config['seed']} changes nothing: upstream does not pass it to the data, and has no dropout.",
+            "seed_data=true orders the training data by it.",
         )
     if config["eval_every"] < batch:
         yield Finding(
@@ -230,95 +226,26 @@ def _of_block(stage: "Stage", model: Path | None, config: Mapping[str, Any]) -> 
         )
 
 
-def look_at_data(subject: Subject, config: Mapping[str, Any], model: Path | None) -> dict[str, Any]:
-    """Have the training interpreter count and measure the rows; see children/look_at_data.py."""
-    request = {
-        "saferlhf": str(_SAFERLHF),
-        "tokenizer": str(config.get("model.tokenizer_name_or_path") or model or subject.stage.model),
-        "revision": subject.stage.get("model.revision"),
-        "max_length": config["max_length"],
-        "max_prompt_length": config["max_prompt_length"],
-        "sample": SAMPLE,
-    }
-    rows = {"SAFERLHF_DATASET": subject.stage.data, "SAFERLHF_REVISION": subject.stage.data_revision or ""}
-    child = subprocess.run(
-        [subject.environment.python, str(_LOOK_AT_DATA), json.dumps(request)],
-        env={**os.environ, **rows},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    try:
-        answer = json.loads(child.stdout.splitlines()[-1])
-    except (ValueError, IndexError):
-        answer = {"error": child.stderr.strip()}
-    return answer if isinstance(answer, dict) else {"error": child.stdout}
-
-
-def _of_data(subject: Subject, config: Mapping[str, Any], data: Mapping[str, Any]) -> Iterator[Finding]:
-    source = subject.stage.data
-    if "error" in data:
-        yield Finding("error", f"Cannot read {source}: {data['error']}", "`ambersafe data` tries again and says more.")
-        return
-    train, test = data["splits"]["train"], data["splits"]["test"]
-    n_train, n_test = train[subject.stage.name], test[subject.stage.name]
-    what = "prompts" if subject.stage.name == "sft" else "pairs"
-    for name, split in data["splits"].items():
-        if not split["dpo"]:
-            yield Finding(
-                "error", f"{source} ({name} split): none of {split['rows']} rows has exactly one safe response.", ""
-            )
-        if split["rows_with_eos"]:
-            yield Finding(
-                "error",
-                f"{source} ({name} split): {split['rows_with_eos']} rows hold the tokenizer's EOS {data['eos']!r}, "
-                f"at which upstream stops while it trains; the first has the prompt {split['first_with_eos'][:60]!r}.",
-                "Take it out of these rows, or leave them out.",
-            )
-    if 0 < n_train < config["batch_size"]:
-        yield Finding(
-            "error",
-            f"There are {n_train} {what} to train on, fewer than batch_size {config['batch_size']}: no step is done.",
-            f"Give --batch-size {n_train} or less.",
-        )
-    if 0 < n_test < config["eval_batch_size"]:
-        yield Finding(
-            "error",
-            f"There are {n_test} {what} in the test split, fewer than eval_batch_size {config['eval_batch_size']}: "
-            "no evaluation can be done.",
-            f"Add eval_batch_size={n_test} behind the flags, or less.",
-        )
-    elif 0 < n_test < (config["n_eval_examples"] or 0):
-        yield Finding(
-            "warning",
-            f"n_eval_examples is {config['n_eval_examples']}, but there are {n_test} {what} in the test split: "
-            "an evaluation counts some of them twice.",
-            f"Add n_eval_examples={n_test // config['eval_batch_size'] * config['eval_batch_size']} behind the flags.",
-        )
-    if n_train > config["batch_size"] and n_train % config["batch_size"]:
-        yield Finding(
-            "warning",
-            f"The last {n_train % config['batch_size']} {what} of each epoch are dropped, as upstream does.",
-            "",
-        )
-    cut = train["sampled"]
-    if cut["responses_cut"] or cut["prompts_cut"]:
-        yield Finding(
-            "warning",
-            f"Of {cut['pairs']} pairs looked at, {cut['responses_cut']} have their responses cut and "
-            f"{cut['prompts_cut']} their prompt; {cut['eos_lost']} responses lose their EOS, "
-            f"{cut['tokens_lost']} tokens are lost in all.",
-            "A higher max_length or a lower max_prompt_length keeps more; the longest has "
-            f"{cut['tokens_longest']} tokens after the cut.",
-        )
-    if cut["empty"]:
-        yield Finding("error", f"{cut['empty']} pairs have no token of prompt or response left.", "Raise --max-length.")
-
-
 def _of_disk(plan: Plan) -> Iterator[Finding]:
     if plan.disk_bytes and plan.disk_bytes > plan.disk_free_bytes:
         yield Finding(
             "error",
             f"The checkpoints need {in_gigabytes(plan.disk_bytes)}, and {in_gigabytes(plan.disk_free_bytes)} are free.",
             "Keep fewer (--keep 1), save less often (eval_every=…), or work on a larger disk.",
+        )
+
+
+def _of_learning_rate(config: Mapping[str, Any], plan: Plan) -> Iterator[Finding]:
+    warmup = config["warmup_steps"]
+    if plan.steps <= warmup:
+        yield Finding(
+            "warning",
+            f"The learning rate warms up for {warmup} steps, and there are {plan.steps}: it never reaches lr.",
+            f"Add warmup_steps={plan.steps // 10} behind the flags.",
+        )
+    elif config.get("lr_decay") is None:
+        yield Finding(
+            "warning",
+            f"The learning rate does not decay: {plan.steps - warmup:,} of {plan.steps:,} steps are at {config['lr']}.",
+            "lr_decay=cosine takes it to 0.",
         )

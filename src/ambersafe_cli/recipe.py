@@ -102,7 +102,7 @@ def path_of(name: str) -> Path:
         return FOLDER / f"{name}.yaml"
     path = Path(name).expanduser()
     if not path.is_file():
-        raise RecipeError(f"There is no recipe {name}.", f"Take {' or '.join(names())}, or the path of a YAML file.")
+        raise RecipeError(f"There is no recipe {name}.", f"Take {', '.join(names())}, or the path of a YAML file.")
     return path
 
 

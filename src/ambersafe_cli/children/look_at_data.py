@@ -1,8 +1,9 @@
 """Count a run's rows and measure them with its tokenizer: `python look_at_data.py REQUEST.json-text`, JSON on stdout.
 
 Runs under the training interpreter. The request: saferlhf (the path of saferlhf.py), tokenizer (a folder, or a name on
-the hub), revision, max_length, max_prompt_length, sample (how many pairs to tokenize). The rows come from where
-SAFERLHF_DATASET says. The answer: for each split its counts; or `error`, and what `datasets` or the tokenizer said.
+the hub), revision, stage (an example is a prompt and its target in sft, a pair in dpo), max_length, max_prompt_length,
+keep_eos, drop_eos, batch_size, sample (how many examples to tokenize). The rows come from where SAFERLHF_DATASET says.
+The answer: for each split its counts; or `error`, and what `datasets` or the tokenizer said.
 """
 
 import json
@@ -57,41 +58,67 @@ def open_tokenizer(name: str, revision: str | None) -> MeasuringTokenizer:
         )
 
 
-def with_eos(table: Any, eos: str) -> tuple[int, str | None]:
-    """How many of the rows that count hold the EOS string in a text that is used, and the first of their prompts."""
-    import pyarrow.compute as pc
-
-    kept = table.filter(pc.xor(table["is_response_0_safe"], table["is_response_1_safe"]))
-    found = None
-    for column in ("prompt", "response_0", "response_1"):
-        here = pc.match_substring(kept[column], eos)
-        found = here if found is None else pc.or_(found, here)
-    rows = kept.filter(found)
-    return rows.num_rows, rows["prompt"][0].as_py() if rows.num_rows else None
+Example = tuple[str, ...]
+"""A prompt and its one response (SFT), or its chosen and its rejected one (DPO)."""
 
 
-def cut(lengths: list[tuple[int, int, int]], max_length: int, max_prompt_length: int) -> dict[str, int]:
-    """What upstream's truncation (tokenize_batch_element, keep_start) takes from these pairs."""
-    counts = {"pairs": len(lengths), "prompts_cut": 0, "responses_cut": 0, "eos_lost": 0, "tokens_lost": 0, "empty": 0}
+def examples_of(data: dict[str, Any], stage: str) -> list[Example]:
+    """What a stage trains on, in upstream's order."""
+    if stage == "sft":
+        return [(prompt, entry["sft_target"]) for prompt, entry in data.items()]
+    return [(p, d["responses"][a], d["responses"][b]) for p, d in data.items() for a, b in d["pairs"]]
+
+
+def holds_eos(example: Example, eos: str | None) -> bool:
+    return eos is not None and any(eos in text for text in example)
+
+
+def cut_one(
+    prompt: int, responses: list[int], max_length: int, max_prompt_length: int, keep_eos: bool
+) -> tuple[int, list[int]]:
+    """The tokens that upstream's truncation (tokenize_batch_element, keep_start) leaves of a prompt and its responses,
+    whose EOS is counted in."""
+    longest = max(responses)
+    if prompt + longest > max_length:
+        prompt = min(prompt, max(max_prompt_length, max_length - longest) if keep_eos else max_prompt_length)
+    if prompt + longest > max_length:
+        room = max_length - prompt if keep_eos else max_length - max_prompt_length
+        responses = [min(response, room) for response in responses]
+    return prompt, responses
+
+
+def cut(lengths: list[tuple[int, ...]], max_length: int, max_prompt_length: int, keep_eos: bool) -> dict[str, int]:
+    """Count what truncation takes from examples, of which `lengths` has the tokens of prompt and responses."""
+    counts = {"prompts_cut": 0, "responses_cut": 0, "eos_lost": 0, "tokens_lost": 0, "empty": 0}
+    with_keep_eos = 0
     padded = []
-    for prompt, chosen, rejected in lengths:
-        responses = [chosen + 1, rejected + 1]  # each with its EOS
-        kept_prompt = prompt
-        if prompt + max(responses) > max_length:
-            kept_prompt = min(prompt, max_prompt_length)
-        kept = responses
-        if kept_prompt + max(responses) > max_length:
-            kept = [len(range(r)[: max_length - max_prompt_length]) for r in responses]
+    for prompt, *texts in lengths:
+        responses = [text + 1 for text in texts]  # each with its EOS
+        kept_prompt, kept = cut_one(prompt, responses, max_length, max_prompt_length, keep_eos)
         counts["prompts_cut"] += kept_prompt < prompt
         counts["responses_cut"] += kept != responses
-        counts["eos_lost"] += sum(a < b for a, b in zip(kept, responses))
+        counts["eos_lost"] += 0 if keep_eos else sum(a < b for a, b in zip(kept, responses))
         counts["tokens_lost"] += prompt - kept_prompt + sum(responses) - sum(kept)
         counts["empty"] += not all(kept) or not kept_prompt
         padded.append(kept_prompt + max(kept))
+        best_prompt, best = cut_one(prompt, responses, max_length, max_prompt_length, keep_eos=True)
+        with_keep_eos += prompt - best_prompt + sum(responses) - sum(best)
     padded.sort()
-    counts["tokens_median"] = padded[len(padded) // 2] if padded else 0
-    counts["tokens_longest"] = padded[-1] if padded else 0
-    return counts
+    longest = {
+        "tokens_median": padded[len(padded) // 2] if padded else 0,
+        "tokens_longest": padded[-1] if padded else 0,
+    }
+    return {"examples": len(lengths), **counts, "tokens_lost_with_keep_eos": with_keep_eos, **longest}
+
+
+def prompts_a_batch(data: dict[str, Any], batch_size: int) -> int:
+    """How many prompts a DPO batch holds (median) if prompts are shuffled and keep their pairs together."""
+    pairs_of = [len(entry["pairs"]) for entry in data.values()]
+    random.Random(0).shuffle(pairs_of)  # noqa: S311
+    prompt_of_pair = [prompt for prompt, pairs in enumerate(pairs_of) for _ in range(pairs)]
+    batches = [prompt_of_pair[i : i + batch_size] for i in range(0, len(prompt_of_pair), batch_size)]
+    held = sorted(batch[-1] - batch[0] + 1 for batch in batches[:-1] or batches)
+    return held[len(held) // 2] if held else 0
 
 
 def look(request: dict[str, Any]) -> dict[str, Any]:
@@ -102,17 +129,23 @@ def look(request: dict[str, Any]) -> dict[str, Any]:
     for split in ("train", "test"):
         table = saferlhf.load_saferlhf(split, silent=True)
         data = saferlhf.group_saferlhf_pairs(table)
-        n_eos, example = with_eos(table, tokenizer.eos) if tokenizer.eos else (0, None)
-        pairs = [(p, d["responses"][a], d["responses"][b]) for p, d in data.items() for a, b in d["pairs"]]
-        sample = random.Random(0).sample(pairs, min(len(pairs), request["sample"]))  # noqa: S311
-        columns = [tokenizer.lengths([pair[i] for pair in sample]) for i in range(3)] if sample else [[], [], []]
+        every = examples_of(data, request["stage"])
+        clean = [example for example in every if not holds_eos(example, tokenizer.eos)]
+        bad = next((example for example in every if holds_eos(example, tokenizer.eos)), None)
+        examples = clean if request["drop_eos"] else every
+        sample = random.Random(0).sample(examples, min(len(examples), request["sample"]))  # noqa: S311
+        columns = [tokenizer.lengths(list(texts)) for texts in zip(*sample)]
         answer["splits"][split] = {
             "rows": table.num_rows,
-            "sft": len(data),
-            "dpo": len(pairs),
-            "rows_with_eos": n_eos,
-            "first_with_eos": example,
-            "sampled": cut(list(zip(*columns)), request["max_length"], request["max_prompt_length"]),
+            "prompts": len(data),
+            "pairs": sum(len(entry["pairs"]) for entry in data.values()),
+            "examples": len(examples),
+            "with_eos": len(every) - len(clean),
+            "first_with_eos": bad[0] if bad else None,
+            "prompts_a_batch": prompts_a_batch(data, request["batch_size"]),
+            "sampled": cut(
+                list(zip(*columns)), request["max_length"], request["max_prompt_length"], request["keep_eos"]
+            ),
         }
     return answer
 
