@@ -6,7 +6,7 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from ambersafe_cli import display, environment, launch, metrics, patches, runs, upstream
+from ambersafe_cli import checkpoints, display, environment, launch, metrics, patches, runs, upstream
 from ambersafe_cli.errors import CloneError, NoCheckpointError, RunFolderError, UsageError
 from ambersafe_cli.overrides import assign
 
@@ -48,6 +48,7 @@ def _end(folder: Path, record: runs.Record, outcome: launch.Outcome) -> int:
     record["status"] = "finished" if finished else "interrupted" if outcome.interrupted else "failed"
     record["model"] = {**record["model"], "commit": log.model_commit}
     record["data"] = {**record["data"], "commit": log.data_commit}
+    record["checkpoint_fingerprint"] = checkpoints.fingerprint(runs.checkpoint(folder))
     record["last_metrics"] = dict(log.evaluations()[-1].values) if log.evaluations() else None
     try:
         runs.write(folder, record)

@@ -2,12 +2,24 @@
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ambersafe_cli import __version__, attempts, display, environment, launch, patches, plans, preflight, runs, upstream
+from ambersafe_cli import (
+    __version__,
+    attempts,
+    display,
+    environment,
+    launch,
+    patches,
+    plans,
+    preflight,
+    provenance,
+    runs,
+    upstream,
+)
 from ambersafe_cli import recipe as recipes
 from ambersafe_cli.errors import ArchiveError, CloneError, PreflightError, UsageError
 
@@ -98,9 +110,11 @@ def run(request: Request) -> int:
         _show_notes(prepared)
         display.write(prepared.launch.as_shell())
         return 0
+    report = None
     if request.preflight:
-        _require(_preflight(prepared))
-    return start(prepared)
+        report = _preflight(prepared)
+        _require(report)
+    return start(prepared, report)
 
 
 def check(request: Request, as_json: bool) -> None:
@@ -138,13 +152,16 @@ def _require(report: preflight.Report) -> None:
         raise PreflightError(f"Not started: preflight found {count}.", "--no-preflight starts without these checks.")
 
 
-def start(prepared: "Prepared") -> int:
-    """Make the run folder and run a prepared stage to its end; return the exit status. Raises AmberSafeError."""
+def start(prepared: "Prepared", report: preflight.Report | None = None) -> int:
+    """Make the run folder and run a prepared stage to its end; return the exit status. Raises AmberSafeError.
+
+    `report` is what preflight found, or None if it was left away: it goes into run.json.
+    """
     prepared.environment.require_packages()
     folder = prepared.launch.run_folder
     runs.make(folder)
     _show_notes(prepared)
-    return attempts.run(prepared.launch, _record(prepared))
+    return attempts.run(prepared.launch, _record(prepared, report))
 
 
 @dataclass(frozen=True)
@@ -165,6 +182,7 @@ def prepare(request: Request) -> Prepared:
     """Resolve everything, without starting or writing anything. Raises AmberSafeError."""
     chosen = recipes.load(request.recipe)
     stage = recipes.resolve(request.stage, chosen, request.flags, request.overrides)
+    provenance.require_no_secret(_settings(chosen, stage))
     clone = upstream.inspect(request.clone, patches.read_series())
     if stage.data and not _has(clone, SAFERLHF_PATCH):
         raise CloneError(f"{clone.folder} lacks the patch that adds saferlhf.", "Apply it: `ambersafe setup`.")
@@ -239,32 +257,40 @@ def _show_notes(prepared: Prepared) -> None:
         display.warn(note)
 
 
-def _record(prepared: Prepared) -> dict[str, Any]:
+def _settings(recipe: recipes.Recipe, stage: recipes.Stage) -> Iterator[tuple[str, object]]:
+    """Every key and value that the record of a run of this stage will hold, and those of the recipe's other stage."""
+    for values in (*recipe.values.values(), stage.values):
+        yield from values.items()
+    for override in stage.overrides:
+        yield override.key, override.value
+        yield override.key, [override.text]
+    yield "description", recipe.description
+
+
+def _record(prepared: Prepared, report: preflight.Report | None) -> dict[str, Any]:
     """What run.json says of a run when it starts."""
     plan, clone, stage = prepared.launch, prepared.clone, prepared.stage
     archive = stage.get("model.archive")
     return {
         "stage": stage.name,
         "model": {"name": stage.model, "revision": stage.get("model.revision"), "commit": None},
-        "data": {"name": stage.data, "revision": stage.data_revision, "commit": None},
+        "data": provenance.of_data(stage, report.data if report else None),
         "sft_run": prepared.sft_run and str(prepared.sft_run),
         "archive": archive and str(archive),
+        "archive_fingerprint": provenance.of_checkpoint(archive),
         "recipe": asdict(prepared.recipe),
         "values": dict(stage.values),
         "overrides": [override.text for override in stage.overrides],
         "command": list(plan.argv),
         "environment": dict(plan.environment),
+        "variables": provenance.of_variables(),
+        "python": provenance.of_python(prepared.environment),
+        "machine": provenance.of_machine(),
         "working_folder": str(Path.cwd()),
+        "working_folder_git": provenance.of_working_folder(Path.cwd()),
+        "preflight": provenance.of_findings(report.findings if report else None),
+        "allow_modified": prepared.allow_modified,
         "next_command": prepared.next_command,
-        "upstream": {
-            "folder": str(clone.folder),
-            "url": clone.url,
-            "base": clone.base,
-            "head": clone.head,
-            "tree": clone.tree,
-            "edited": list(clone.edited),
-            "can_resume": _has(clone, RESUME_PATCH),
-            "patches": {p.patch.name: p.state for p in clone.patches},
-        },
+        "upstream": provenance.of_clone(clone, can_resume=_has(clone, RESUME_PATCH)),
         "ambersafe_version": __version__,
     }
