@@ -10,7 +10,7 @@ from conftest import Ambersafe, make_repository
 
 from ambersafe_cli import __version__
 
-COMMANDS = ("setup", "sft", "dpo", "resume", "runs", "data", "status", "recipes", "demo")
+COMMANDS = ("setup", "sft", "dpo", "resume", "runs", "show", "data", "status", "recipes", "demo")
 HEAVY = {"torch", "transformers", "datasets", "git", "numpy", "pyarrow", "pandas", "hydra", "omegaconf", "wandb"}
 
 
@@ -68,7 +68,10 @@ def test_version_and_module_entry_point(ambersafe: Ambersafe) -> None:
         (("sft", "--save-every", "5h"), 64, "Invalid value for '--save-every'"),
         (("sft", "--model", ".", "--model-revision", "v1"), 64, "is a local folder"),
         (("resume",), 64, "There is no unfinished run"),
-        (("resume", "nothing"), 64, "is not the folder of a run"),
+        (("resume", "nothing"), 64, "There is no run nothing"),
+        (("resume", "."), 64, "is not the folder of a run"),
+        (("show",), 64, "There is no run under"),
+        (("show", "nothing"), 64, "There is no run nothing"),
         (("sft", "--model", "./no"), 64, "There is no model folder ./no"),
         (("sft",), 71, "There is no clone of upstream"),
         (("sft", "loss.x=${y}", "--exp-name", "${x}"), 71, "There is no clone of upstream"),

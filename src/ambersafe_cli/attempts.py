@@ -86,19 +86,18 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
     Only a whole checkpoint has its name; but a clone without the patch that sees to it may have written this one.
     """
-    numbered = [(int(path.name[5:]), path) for path in folder.glob("step-*") if path.name[5:].isdigit()]
-    for _, path in sorted(numbered, reverse=True):
+    for path in runs.steps(folder):
         if all(zipfile.is_zipfile(path / name) for name in _FILES_OF_A_CHECKPOINT):
             return path
     return None
 
 
-def resume(folder: Path | None, python: str | None, allow_modified: bool) -> int:
-    """Go on with a run (by default the newest one here that has not finished) in its own folder.
+def resume(name: str | None, python: str | None, allow_modified: bool) -> int:
+    """Go on with a run, by its folder or name (by default the newest one here that has not finished), where it is.
 
     Raises UsageError for a run that cannot go on, CloneError if its clone is not what it was.
     """
-    folder = folder.absolute() if folder else _newest_unfinished()
+    folder = runs.find(name) if name else _newest_unfinished()
     record = runs.read(folder)
     if record is None:
         raise UsageError(f"{folder} is not the folder of a run.", "`ambersafe runs` lists them.")

@@ -71,9 +71,8 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Anything else of upstream's config, as Hydra takes it."),
 ]
-Run = Annotated[
-    Path | None, typer.Argument(help="The folder of a run.", show_default="the newest that has not finished")
-]
+_RUN = "The name of a run, or as much of its beginning as no other has, or its folder."
+Run = Annotated[str | None, typer.Argument(help=_RUN, show_default="the newest that has not finished")]
 DEFAULT_CLONE = Path("direct-preference-optimization")
 
 
@@ -217,10 +216,20 @@ def resume(
 
 @app.command()
 def runs(as_json: Json = False) -> None:
-    """List the runs of this working folder."""
-    from ambersafe_cli import reports
+    """List the runs of this working folder, the newest last."""
+    from ambersafe_cli import show
 
-    reports.runs(as_json)
+    show.table(as_json)
+
+
+@app.command()
+def show(
+    run: Annotated[str | None, typer.Argument(help=_RUN, show_default="the newest")] = None, as_json: Json = False
+) -> None:
+    """Show a run: what was trained, from what, how it went, where its checkpoints are."""
+    from ambersafe_cli import show
+
+    show.run(run, as_json)
 
 
 @app.command()
