@@ -14,9 +14,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from conftest import Ambersafe, git
-from hypothesis import given
+from conftest import Ambersafe, git, only_run
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_real_upstream import TINY, model, rows  # noqa: F401, fixtures
 
 from ambersafe_cli import checkpoints, demo, patches, provenance, saferlhf
 
@@ -42,30 +43,32 @@ def fingerprint(table: pa.Table) -> str:
     return found
 
 
-def as_documented(rows: list[Row]) -> str:
+def as_documented(known: list[Row]) -> str:
     """The fingerprint by its definition, row by row."""
     parts = []
     for name, kind in saferlhf.SAFERLHF_COLUMNS.items():
-        parts.append(f"{name}\0{len(rows)}\0".encode())
+        parts.append(f"{name}\0{len(known)}\0".encode())
         if kind == "bool":
-            parts += [bytes([row[name]]) for row in rows]
+            parts += [bytes([row[name]]) for row in known]
         else:
-            parts += [len(row[name].encode()).to_bytes(8, "little") for row in rows]
-            parts += [row[name].encode() for row in rows]
+            parts += [len(row[name].encode()).to_bytes(8, "little") for row in known]
+            parts += [row[name].encode() for row in known]
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
+@settings(deadline=None)
 @given(rows_of_any_text, st.lists(st.integers(0, 12), max_size=4), st.data())
-def test_a_fingerprint_is_that_of_the_rows_however_they_are_cut(rows: list[Row], cuts: list[int], data: Any) -> None:
-    table = pa.Table.from_pylist(rows, SCHEMA)
-    assert fingerprint(table) == as_documented(rows)
-    edges = sorted({0, len(rows), *(min(cut, len(rows)) for cut in cuts)})
+def test_a_fingerprint_is_that_of_the_rows_however_they_are_cut(known: list[Row], cuts: list[int], data: Any) -> None:
+    table = pa.Table.from_pylist(known, SCHEMA)
+    assert fingerprint(table) == as_documented(known)
+    edges = sorted({0, len(known), *(min(cut, len(known)) for cut in cuts)})
     pieces = [table.slice(a, b - a) for a, b in itertools.pairwise(edges)]
-    assert fingerprint(pa.concat_tables([*pieces, table.slice(0, 0)])) == as_documented(rows)
-    first = data.draw(st.integers(0, len(rows)))
-    assert fingerprint(table.slice(first)) == as_documented(rows[first:])
+    assert fingerprint(pa.concat_tables([*pieces, table.slice(0, 0)])) == as_documented(known)
+    first = data.draw(st.integers(0, len(known)))
+    assert fingerprint(table.slice(first)) == as_documented(known[first:])
 
 
+@settings(deadline=None)
 @given(rows_of_any_text, rows_of_any_text)
 def test_other_rows_have_another_fingerprint(some: list[Row], others: list[Row]) -> None:
     same = fingerprint(pa.Table.from_pylist(some, SCHEMA)) == fingerprint(pa.Table.from_pylist(others, SCHEMA))
@@ -75,9 +78,9 @@ def test_other_rows_have_another_fingerprint(some: list[Row], others: list[Row])
 def test_equal_rows_of_a_jsonl_and_a_parquet_file_have_equal_fingerprints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = [json.loads(line) for line in (demo.DATA / "train.jsonl").read_text().splitlines()]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"more": 1, **row}) + "\n" for row in rows))
-    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet", row_group_size=7)
+    known = [json.loads(line) for line in (demo.DATA / "train.jsonl").read_text().splitlines()]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"more": 1, **row}) + "\n" for row in known))
+    pyarrow.parquet.write_table(pa.Table.from_pylist(known), tmp_path / "rows.parquet", row_group_size=7)
     found = []
     for name in ("rows.jsonl", "rows.parquet"):
         monkeypatch.setenv("SAFERLHF_DATASET", str(tmp_path / name))
@@ -251,11 +254,12 @@ def test_no_secret_of_the_environment_or_the_clones_url_is_in_the_run_folder(
     git(fake_clone.parent, "init", "--quiet")
     git(fake_clone.parent, "remote", "add", "origin", "https://someone:workpassword@git.example.org/work.git")
     commit_only(fake_clone.parent, "a", "one")
-    for fake, status in (("train", 0), ("crash", 3)):
+    for fake, status in (("crash", 3), ("train", 0)):
         done = ambersafe("sft", "--model", tmp_path, "--no-preflight", env={**SECRETS, "FAKE": fake})
         assert done.returncode == status, done.stderr
-    shown = ambersafe("show", env=SECRETS).stdout + ambersafe("show", "--json", env=SECRETS).stdout
-    kept = everything_in(fake_clone.parent / ".cache") + shown.encode()
+    answers = [ambersafe("show", *given, env=SECRETS) for given in ((), ("--json",))]
+    assert not any(answer.returncode for answer in answers)
+    kept = everything_in(fake_clone.parent / ".cache") + "".join(answer.stdout for answer in answers).encode()
     assert b"git.example.org/dpo.git" in kept, "or this test looks at the wrong place"
     for secret in (*SECRETS.values(), "clonepassword", "workpassword", "proxypassword", "endpointpassword"):
         assert secret.encode() not in kept, secret
@@ -289,3 +293,49 @@ def test_what_only_sounds_like_a_secret_is_taken(ambersafe: Ambersafe, fake_clon
     given = ("+model.pad_token='<pad>'", "+max_tokens=5", "+use_auth_token=true", "+token=null", "+keys=[a,b]")
     done = ambersafe("sft", "--model", tmp_path, "--no-preflight", *given)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_real_run_can_be_traced_to_its_rows_its_weights_and_its_code(
+    ambersafe: Ambersafe,
+    patched: Path,
+    model: Path,  # noqa: F811
+    rows: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    work = tmp_path / "work"
+    given = ("--dir", patched, "--model", model, "--data", rows, "--trainer", "BasicTrainer", *TINY, "n_epochs=null")
+    done = ambersafe("sft", *given, "n_examples=32", "--exp-name", "one", env=SECRETS)
+    assert done.returncode == 0, done.stderr
+    sft = read_record(work)
+    counted = json.loads(ambersafe("data", "--data", rows, "--json").stdout)
+    for split in ("train", "test"):
+        of_split = counted[split]
+        counts = {"rows": of_split["rows"], "sft": of_split["sft_examples"], "dpo": of_split["pairs"]}
+        assert sft["data"]["counts"][split] == counts
+        read = [json.loads(line) for line in (rows / f"{split}.jsonl").read_text().splitlines()]
+        assert sft["data"]["fingerprint"][split] == as_documented(read)
+    found = [f"{finding['level']}: {finding['what']}" for finding in sft["preflight"]]
+    assert found
+    assert all(finding in done.stderr for finding in found)
+    assert sft["allow_modified"] is False
+    assert {each["state"] for each in sft["upstream"]["series"]} == {"applied"}
+    assert [each["commit"] for each in sft["upstream"]["series"]][-1] == sft["upstream"]["head"]
+    assert sft["upstream"]["tree"] == git(patched, "rev-parse", "HEAD^{tree}")
+
+    assert ambersafe("dpo", *given, "n_examples=32", "--exp-name", "two").returncode == 0
+    dpo = read_record(work)
+    assert dpo["sft_run"] == str(only_run(work, "one"))
+    assert dpo["archive_fingerprint"] == sft["checkpoint_fingerprint"]
+    assert dpo["checkpoint_fingerprint"] not in (None, dpo["archive_fingerprint"])
+    assert dpo["data"]["fingerprint"] == sft["data"]["fingerprint"]
+    kept = everything_in(only_run(work, "one"))
+    assert not [name for name, secret in SECRETS.items() if secret.encode() in kept]
+
+    (only_run(work, "two") / "LATEST").rename(tmp_path / "LATEST")
+    (only_run(work, "two") / "run.json").write_text(json.dumps({**dpo, "status": "interrupted"}))
+    assert ambersafe("resume", "two", env={"OMP_NUM_THREADS": "1"}).returncode == 0
+    first, second = read_record(work)["attempts"]
+    assert "python" not in first, "that is the run's own"
+    assert (second["python"], second["upstream"]["head"]) == (dpo["python"], dpo["upstream"]["head"])
+    assert second["variables"]["OMP_NUM_THREADS"] == "1"

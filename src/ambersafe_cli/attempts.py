@@ -5,8 +5,9 @@ import shlex
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from ambersafe_cli import checkpoints, display, environment, launch, metrics, patches, runs, upstream
+from ambersafe_cli import checkpoints, display, environment, launch, metrics, patches, provenance, runs, upstream
 from ambersafe_cli.errors import CloneError, NoCheckpointError, RunFolderError, UsageError
 from ambersafe_cli.overrides import assign
 
@@ -14,16 +15,18 @@ STOPPING = "stopping: a checkpoint is saved when this step has ended; once more 
 _FILES_OF_A_CHECKPOINT = ("policy.pt", "optimizer.pt", "scheduler.pt")
 
 
-def run(plan: launch.Launch, record: runs.Record) -> int:
+def run(plan: launch.Launch, record: runs.Record, also: Mapping[str, Any] | None = None) -> int:
     """Run train.py to its end, keep run.json up to date, and return the exit status.
 
-    `record` is that of earlier attempts, or what a new run's says of what is trained.
+    `record` is that of earlier attempts, or what a new run's says of what is trained; `also` is what there is to say of
+    this attempt alone.
     Raises RunFolderError, UsageError if another process has the run, NoCheckpointError if nothing is left of it.
     """
     folder = plan.run_folder
     with runs.locked(folder), upstream.in_use(Path(record["upstream"]["folder"])):
         number = len(record.get("attempts", [])) + 1
         started = {"started": runs.now(), "host": runs.host(), "pid": os.getpid(), "command": list(plan.argv)}
+        started |= also or {}
         record = {"started": started["started"], **record, "status": "running", "ended": None, "exit_status": None}
         record["attempts"] = [*record.get("attempts", []), started]
         runs.write(folder, record)
@@ -104,17 +107,24 @@ def resume(name: str | None, python: str | None, allow_modified: bool) -> int:
     if record["status"] == "finished":
         raise UsageError(f"{folder} has finished.", f"Its checkpoint is {runs.checkpoint(folder)}.")
     with runs.locked(folder):
-        _check_clone(record["upstream"], allow_modified)
+        clone = _check_clone(record["upstream"], allow_modified)
     command = list(record["command"])
     command[0] = python or command[0]
-    environment.probe(command[0]).require_packages()
+    child = environment.probe(command[0])
+    child.require_packages()
     checkpoint = newest_checkpoint(folder)
     if checkpoint:
         if not record["upstream"]["can_resume"]:
             raise UsageError("The clone of this run lacks the patch that resumes.", "Start the stage again.")
         command.append(assign("resume", str(checkpoint)))
     display.say(f"going on from {checkpoint}" if checkpoint else "no checkpoint was saved: from the beginning")
-    return run(launch.Launch(folder, tuple(command), record["environment"], 1, ()), record)
+    also = {
+        "python": provenance.of_python(child),
+        "variables": provenance.of_variables(),
+        "allow_modified": allow_modified,
+        "upstream": {"head": clone.head, "tree": clone.tree, "edited": list(clone.edited)},
+    }
+    return run(launch.Launch(folder, tuple(command), record["environment"], 1, ()), record, also)
 
 
 def _newest_unfinished() -> Path:
@@ -124,7 +134,7 @@ def _newest_unfinished() -> Path:
     return found[-1].folder
 
 
-def _check_clone(recorded: Mapping[str, str], allow_modified: bool) -> None:
+def _check_clone(recorded: Mapping[str, str], allow_modified: bool) -> upstream.CloneState:
     """Raise CloneError if the clone has changed since the run started: the numbers would not go on."""
     state = upstream.inspect(Path(recorded["folder"]), patches.read_series())
     if (state.head, bool(state.edited)) != (recorded["head"], bool(recorded["edited"])) and not allow_modified:
@@ -133,3 +143,4 @@ def _check_clone(recorded: Mapping[str, str], allow_modified: bool) -> None:
             f"the run was started with {recorded['head'][:12]}.",
             f"`git -C {state.folder} checkout {recorded['head']}` brings it back; --allow-modified goes on as it is.",
         )
+    return state

@@ -78,7 +78,7 @@ def _what(record: runs.Record) -> Iterator[tuple[str, str]]:
     recipe = _mapping(record, "recipe")
     yield "recipe", str(recipe.get("source", "not recorded"))
     if given := [*_changed(record, recipe), *map(str, record.get("overrides") or ())]:
-        yield "and", ", ".join(given)
+        yield "set", ", ".join(given)
 
 
 _COUNTED = {"rows": "rows", "sft": "SFT examples", "dpo": "pairs"}
@@ -112,7 +112,8 @@ def _how(run: runs.Run) -> Iterator[tuple[str, str]]:
         yield "preflight", "left away"
     elif isinstance(findings, list):
         for finding in findings:
-            yield "preflight", str(finding.get("what") if isinstance(finding, dict) else finding)
+            if isinstance(finding, dict):
+                yield "preflight", f"{finding.get('level')}: {finding.get('what')}"
 
 
 def _checkpoints(run: runs.Run) -> Iterator[tuple[str, str]]:
@@ -228,4 +229,4 @@ def _duration(start: object, end: object) -> str:
         seconds = datetime.datetime.fromisoformat(str(end)) - datetime.datetime.fromisoformat(str(start))
     except (ValueError, TypeError):
         return ""
-    return f"{datetime.timedelta(seconds=round(seconds.total_seconds()))} h"
+    return f"took {datetime.timedelta(seconds=round(seconds.total_seconds()))}"
