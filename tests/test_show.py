@@ -76,6 +76,7 @@ def test_a_run_is_found_by_folder_name_or_beginning_and_near_names_are_told(
 ) -> None:
     one, other = train("alpha_one"), train("alpha_two")
     work = one.parents[2]
+    (work / "alpha_one").mkdir()  # in the way of nothing: it is not a run
     monkeypatch.chdir(work)
     for text in (one.name, str(one), f"{one}/", os.path.relpath(one), "alpha_one", one.name[:-3]):
         assert runs.find(text) == one, text

@@ -100,7 +100,7 @@ def resume(name: str | None, python: str | None, allow_modified: bool) -> int:
 
     Raises UsageError for a run that cannot go on, CloneError if its clone is not what it was.
     """
-    folder = runs.find(name) if name else _newest_unfinished()
+    folder = runs.find(name) if name is not None else _newest_unfinished()
     record = runs.read(folder)
     if record is None:
         raise UsageError(f"{folder} is not the folder of a run.", "`ambersafe runs` lists them.")

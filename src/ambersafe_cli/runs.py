@@ -168,18 +168,18 @@ def find(text: str) -> Path:
 
     Raises UsageError, with the names that come near, if there is none such or more than one.
     """
-    path = Path(text).expanduser().absolute()
-    named = folder_of_runs() / text
-    for folder in (path, named):
+    places = (Path(text).absolute(), folder_of_runs() / text)
+    for folder in places:
         if read(folder) is not None:
             return folder
-    if path.is_dir() or named.is_dir():
-        where = path if path.is_dir() else named
-        raise UsageError(f"{where} is not the folder of a run.", "`ambersafe runs` lists them.")
     names = [run.folder.name for run in list_runs()]
-    begun = [name for name in names if name.startswith(text)]
+    begun = [name for name in names if text and name.startswith(text)]
     if len(begun) == 1:
         return folder_of_runs() / begun[0]
+    for folder in places:
+        with contextlib.suppress(OSError):  # a name that is too long, or a folder that may not be looked at
+            if folder.is_dir() and not begun:
+                raise UsageError(f"{folder} is not the folder of a run.", "`ambersafe runs` lists them.")
     near = begun[-3:] or difflib.get_close_matches(text, names, n=3, cutoff=0.3)
     raise UsageError(
         f"{len(begun)} runs begin with {text}." if begun else f"There is no run {text} under {folder_of_runs()}.",

@@ -20,7 +20,7 @@ _MISSING = object()
 
 def run(name: str | None, as_json: bool) -> None:
     """Show one run, by default the newest. Raises UsageError if there is none."""
-    folder = runs.find(name) if name else runs.newest().folder
+    folder = runs.find(name) if name is not None else runs.newest().folder
     found = runs.look(folder)
     if found is None:
         raise UsageError(f"{folder} is not the folder of a run.", "`ambersafe runs` lists them.")
