@@ -10,7 +10,7 @@ from conftest import Ambersafe, make_repository
 
 from ambersafe_cli import __version__
 
-COMMANDS = ("setup", "sft", "dpo", "resume", "runs", "data", "status", "recipes", "demo")
+COMMANDS = ("setup", "sft", "dpo", "resume", "runs", "show", "data", "status", "recipes", "demo")
 HEAVY = {"torch", "transformers", "datasets", "git", "numpy", "pyarrow", "pandas", "hydra", "omegaconf", "wandb"}
 
 
@@ -68,7 +68,13 @@ def test_version_and_module_entry_point(ambersafe: Ambersafe) -> None:
         (("sft", "--save-every", "5h"), 64, "Invalid value for '--save-every'"),
         (("sft", "--model", ".", "--model-revision", "v1"), 64, "is a local folder"),
         (("resume",), 64, "There is no unfinished run"),
-        (("resume", "nothing"), 64, "is not the folder of a run"),
+        (("resume", "nothing"), 64, "There is no run nothing"),
+        (("resume", "."), 64, "is not the folder of a run"),
+        (("show",), 64, "There is no run under"),
+        (("show", "nothing"), 64, "There is no run nothing"),
+        (("show", ""), 64, "is not the folder of a run"),
+        (("show", "x" * 300), 64, "There is no run xxx"),
+        (("show", "~nobody-of-that-name"), 64, "There is no run ~nobody"),
         (("sft", "--model", "./no"), 64, "There is no model folder ./no"),
         (("sft",), 71, "There is no clone of upstream"),
         (("sft", "loss.x=${y}", "--exp-name", "${x}"), 71, "There is no clone of upstream"),
@@ -146,7 +152,11 @@ def test_recipes_are_listed_printed_and_given_as_json(ambersafe: Ambersafe) -> N
     printed = ambersafe("recipes", "ambersafe").stdout
     assert "# AmberSafe: LLM360's AmberChat made safer" in printed
     assert "loss.beta: 0.1" in printed
-    assert [each["source"] for each in json.loads(ambersafe("recipes", "--json").stdout)] == ["ambersafe", "tiny"]
+    assert [each["source"] for each in json.loads(ambersafe("recipes", "--json").stdout)] == [
+        "ambersafe",
+        "best",
+        "tiny",
+    ]
 
 
 def test_data_counts_rows_and_says_it_in_both_ways(ambersafe: Ambersafe, tmp_path: Path) -> None:

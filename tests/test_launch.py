@@ -72,7 +72,8 @@ def test_a_run_leaves_its_folder_complete_and_nothing_else(
     record = read_json(run / "run.json")
     assert (record["schema"], record["stage"], record["status"], record["exit_status"]) == (1, "sft", "finished", 0)
     assert record["model"] == {"name": str(model), "revision": None, "commit": "a" * 40}
-    assert record["data"] == {"name": str(data), "revision": None, "commit": "b" * 40}
+    data_recorded = {"name": str(data), "revision": None, "commit": "b" * 40, "counts": None, "fingerprint": None}
+    assert record["data"] == data_recorded
     assert record["upstream"]["head"] == git(fake_clone, "rev-parse", "HEAD")
     assert record["upstream"]["patches"] == {patch.name: "altered" for patch in patches.read_series()}
     assert record["recipe"]["source"] == "ambersafe"

@@ -5,8 +5,21 @@ import shlex
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from ambersafe_cli import display, environment, launch, metrics, patches, runs, upstream
+from ambersafe_cli import (
+    checkpoints,
+    control,
+    display,
+    environment,
+    launch,
+    metrics,
+    patches,
+    provenance,
+    runs,
+    upstream,
+    worktrees,
+)
 from ambersafe_cli.errors import CloneError, NoCheckpointError, RunFolderError, UsageError
 from ambersafe_cli.overrides import assign
 
@@ -14,25 +27,29 @@ STOPPING = "stopping: a checkpoint is saved when this step has ended; once more 
 _FILES_OF_A_CHECKPOINT = ("policy.pt", "optimizer.pt", "scheduler.pt")
 
 
-def run(plan: launch.Launch, record: runs.Record) -> int:
+def run(plan: launch.Launch, record: runs.Record, also: Mapping[str, Any] | None = None) -> int:
     """Run train.py to its end, keep run.json up to date, and return the exit status.
 
-    `record` is that of earlier attempts, or what a new run's says of what is trained.
+    `record` is that of earlier attempts, or what a new run's says of what is trained; `also` is what there is to say of
+    this attempt alone.
     Raises RunFolderError, UsageError if another process has the run, NoCheckpointError if nothing is left of it.
     """
     folder = plan.run_folder
-    with runs.locked(folder), upstream.in_use(Path(record["upstream"]["folder"])):
-        number = len(record.get("attempts", [])) + 1
+    with runs.locked(folder), upstream.in_use(plan.clone):
+        runs.take_stop_request(folder)  # one that came after an earlier attempt had ended
+        earlier = (runs.read(folder) or record).get("attempts") or []  # another process may have made one just now
+        number = len(earlier) + 1
         started = {"started": runs.now(), "host": runs.host(), "pid": os.getpid(), "command": list(plan.argv)}
+        started |= also or {}
         record = {"started": started["started"], **record, "status": "running", "ended": None, "exit_status": None}
-        record["attempts"] = [*record.get("attempts", []), started]
+        record["attempts"] = [*earlier, started]
         runs.write(folder, record)
         display.say(f"run folder: {folder}")
         log_file = folder / "train.log"
         if number > 1:
             metrics.begin_attempt(log_file, number)
         try:
-            outcome = launch.run(plan, log_file, lambda: display.say(STOPPING))
+            outcome = launch.run(plan, log_file, lambda: display.say(STOPPING), lambda: runs.take_stop_request(folder))
         except BaseException:
             runs.write(folder, {**record, "status": "failed", "ended": runs.now()})
             raise
@@ -48,6 +65,7 @@ def _end(folder: Path, record: runs.Record, outcome: launch.Outcome) -> int:
     record["status"] = "finished" if finished else "interrupted" if outcome.interrupted else "failed"
     record["model"] = {**record["model"], "commit": log.model_commit}
     record["data"] = {**record["data"], "commit": log.data_commit}
+    record["checkpoint_fingerprint"] = checkpoints.fingerprint(runs.checkpoint(folder))
     record["last_metrics"] = dict(log.evaluations()[-1].values) if log.evaluations() else None
     try:
         runs.write(folder, record)
@@ -85,36 +103,45 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
     Only a whole checkpoint has its name; but a clone without the patch that sees to it may have written this one.
     """
-    numbered = [(int(path.name[5:]), path) for path in folder.glob("step-*") if path.name[5:].isdigit()]
-    for _, path in sorted(numbered, reverse=True):
+    for path in runs.steps(folder):
         if all(zipfile.is_zipfile(path / name) for name in _FILES_OF_A_CHECKPOINT):
             return path
     return None
 
 
-def resume(folder: Path | None, python: str | None, allow_modified: bool) -> int:
-    """Go on with a run (by default the newest one here that has not finished) in its own folder.
+def resume(name: str | None, python: str | None, allow_modified: bool, detach: bool) -> int:
+    """Go on with a run, by its folder or name (by default the newest one here that has not finished), where it is.
 
-    Raises UsageError for a run that cannot go on, CloneError if its clone is not what it was.
+    Raises UsageError for a run that cannot go on, CloneError if the series that it was started with is gone.
     """
-    folder = folder.absolute() if folder else _newest_unfinished()
+    folder = runs.find(name) if name is not None else _newest_unfinished()
     record = runs.read(folder)
     if record is None:
         raise UsageError(f"{folder} is not the folder of a run.", "`ambersafe runs` lists them.")
     if record["status"] == "finished":
         raise UsageError(f"{folder} has finished.", f"Its checkpoint is {runs.checkpoint(folder)}.")
     with runs.locked(folder):
-        _check_clone(record["upstream"], allow_modified)
-    command = list(record["command"])
-    command[0] = python or command[0]
-    environment.probe(command[0]).require_packages()
+        clone = recorded_clone(record["upstream"], allow_modified)
+    command = command_in(record, clone, folder, python)
+    child = environment.probe(command[0])
+    child.require_packages()
     checkpoint = newest_checkpoint(folder)
     if checkpoint:
         if not record["upstream"]["can_resume"]:
             raise UsageError("The clone of this run lacks the patch that resumes.", "Start the stage again.")
         command.append(assign("resume", str(checkpoint)))
-    display.say(f"going on from {checkpoint}" if checkpoint else "no checkpoint was saved: from the beginning")
-    return run(launch.Launch(folder, tuple(command), record["environment"], 1, ()), record)
+    if detach:
+        return control.detach(folder, python, allow_modified)
+    if record["attempts"]:
+        display.say(f"going on from {checkpoint}" if checkpoint else "no checkpoint was saved: from the beginning")
+    state = upstream.inspect(clone, patches.read_series())
+    also = {
+        "python": provenance.of_python(child),
+        "variables": provenance.of_variables(),
+        "allow_modified": allow_modified,
+        "upstream": {"folder": str(clone), "head": state.head, "tree": state.tree, "edited": list(state.edited)},
+    }
+    return run(launch.Launch(folder, clone, tuple(command), record["environment"], 1, ()), record, also)
 
 
 def _newest_unfinished() -> Path:
@@ -124,12 +151,33 @@ def _newest_unfinished() -> Path:
     return found[-1].folder
 
 
-def _check_clone(recorded: Mapping[str, str], allow_modified: bool) -> None:
-    """Raise CloneError if the clone has changed since the run started: the numbers would not go on."""
-    state = upstream.inspect(Path(recorded["folder"]), patches.read_series())
+def recorded_clone(recorded: Mapping[str, Any], allow_modified: bool) -> Path:
+    """The folder that holds upstream as a run was started with it: the clone, or a worktree if that has moved on.
+
+    Raises CloneError where that cannot be had: the numbers would not be the run's.
+    """
+    clone = Path(recorded["folder"])
+    if not recorded["edited"] and not allow_modified:
+        folder = worktrees.folder_at(clone, recorded["head"])
+        if folder != clone:
+            display.warn(f"{clone} has moved on: the run's own series is in {folder}")
+        return folder
+    state = upstream.inspect(clone, patches.read_series())
     if (state.head, bool(state.edited)) != (recorded["head"], bool(recorded["edited"])) and not allow_modified:
         raise CloneError(
-            f"{state.folder} is at {state.head[:12]}{' with edits' if state.edited else ''}; "
-            f"the run was started with {recorded['head'][:12]}.",
-            f"`git -C {state.folder} checkout {recorded['head']}` brings it back; --allow-modified goes on as it is.",
+            f"{clone} was edited when the run was started, and is not what it was.",
+            "--allow-modified goes on with it as it is.",
         )
+    return clone
+
+
+def command_in(record: runs.Record, clone: Path, folder: Path, python: str | None) -> list[str]:
+    """The command of a run's first attempt, in another run folder, with another clone's train.py and another Python."""
+    places = {"local_run_dir": folder, "hydra.run.dir": folder / "hydra"}
+    words = [python or record["command"][0]]
+    for word in record["command"][1:]:
+        key = word.partition("=")[0]
+        if key in places:
+            word = assign(key, str(places[key]))
+        words.append(str(clone / "train.py") if key == word and Path(word).name == "train.py" else word)
+    return words

@@ -5,6 +5,7 @@ values and containers are accepted; a safetensors file begins with a JSON header
 """
 
 import collections
+import hashlib
 import json
 import math
 import pickle
@@ -72,6 +73,21 @@ def policy_shapes(path: Path) -> Shapes:
     if len(shapes) != len(state):
         raise ArchiveError(f"{path} is an optimizer.pt or the like, not a policy.pt.", "Give the policy.pt beside it.")
     return shapes
+
+
+def fingerprint(path: Path) -> str | None:
+    """A SHA-256 by which a policy.pt is known again, of its zip directory: nothing of the weights is read.
+
+    It is over the sorted (name without the archive's top folder, size in bytes, CRC-32) of the members, so it does not
+    depend on what the file is called, and equal tensors have equal ones. None for what is no zip archive.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [(m.filename.partition("/")[2], m.file_size, m.CRC) for m in archive.infolist()]
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
+        return None
+    lines = "".join(f"{name}\0{size}\0{crc:08x}\n" for name, size, crc in sorted(members))
+    return hashlib.sha256(lines.encode(errors="backslashreplace")).hexdigest()
 
 
 def model_shapes(folder: Path) -> Shapes | None:

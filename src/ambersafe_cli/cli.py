@@ -49,7 +49,7 @@ Epochs = Annotated[int | None, typer.Option(min=1, help="Times through the data.
 MaxLength = Annotated[int | None, typer.Option(min=2, help="Tokens of prompt and response together.")]
 Trainer = Annotated[str | None, typer.Option(help="FSDPTrainer or BasicTrainer.")]
 ExpName = Annotated[str | None, typer.Option(help="The run's name: the beginning of its folder's.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of the order of the data, if seed_data is set, as in the recipe best.")]
+Seed = Annotated[int | None, typer.Option(help="Orders the data if seed_data is set, as in the recipe best.")]
 Bf16 = Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16; the weights stay float32.")]
 Wandb = Annotated[bool | None, typer.Option(help="Log to Weights & Biases.", show_default="off")]
 Nproc = Annotated[
@@ -66,14 +66,14 @@ SaveEvery = Annotated[
 ]
 NoPreflight = Annotated[bool, typer.Option("--no-preflight", help="Start without looking first.")]
 AllowModified = Annotated[bool, typer.Option("--allow-modified", help="Go on with a clone that was edited.")]
+Detach = Annotated[bool, typer.Option("--detach", help="Run in the background; closing the terminal does not end it.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the command, start nothing.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Anything else of upstream's config, as Hydra takes it."),
 ]
-Run = Annotated[
-    Path | None, typer.Argument(help="The folder of a run.", show_default="the newest that has not finished")
-]
+_RUN = "The name of a run, or as much of its beginning as no other has, or its folder."
+Run = Annotated[str | None, typer.Argument(help=_RUN, show_default="the newest that has not finished")]
 DEFAULT_CLONE = Path("direct-preference-optimization")
 
 
@@ -109,8 +109,13 @@ def setup(
     reports.setup(folder.absolute(), repo, commit, minimal, force)
 
 
-check = typer.Typer(help="Look at everything that can be known before a stage starts, and show what it will do.")
+check = typer.Typer()
 app.add_typer(check, name="check")
+
+
+@check.callback()
+def check_options(as_json: Json = False) -> None:
+    """Look at everything that can be known before a stage starts, and show what it will do."""
 
 
 def _stage(name: Literal["sft", "dpo"], ctx: typer.Context) -> int:
@@ -119,7 +124,7 @@ def _stage(name: Literal["sft", "dpo"], ctx: typer.Context) -> int:
 
     request = stages.request(name, ctx.params)
     if ctx.parent and ctx.parent.info_name == "check":
-        stages.check(request, as_json=False)
+        stages.check(request, ctx.parent.params["as_json"])
         return 0
     return stages.run(request)
 
@@ -151,6 +156,7 @@ def sft(
     python: Python = sys.executable,
     no_preflight: NoPreflight = False,
     allow_modified: AllowModified = False,
+    detach: Detach = False,
     dry_run: DryRun = False,
     overrides: Overrides = None,
 ) -> int:
@@ -196,6 +202,7 @@ def dpo(
     python: Python = sys.executable,
     no_preflight: NoPreflight = False,
     allow_modified: AllowModified = False,
+    detach: Detach = False,
     dry_run: DryRun = False,
     overrides: Overrides = None,
 ) -> int:
@@ -208,19 +215,54 @@ def resume(
     run: Run = None,
     python: Annotated[str | None, typer.Option(help="Another interpreter to run train.py.")] = None,
     allow_modified: AllowModified = False,
+    detach: Detach = False,
 ) -> int:
     """Go on with a run that was stopped or killed, from its newest checkpoint."""
     from ambersafe_cli import attempts
 
-    return attempts.resume(run, python, allow_modified)
+    return attempts.resume(run, python, allow_modified, detach)
+
+
+@app.command()
+def stop(
+    run: Annotated[str, typer.Argument(help=_RUN)],
+    now: Annotated[bool, typer.Option("--now", help="Kill it, without a checkpoint.")] = False,
+) -> int:
+    """Have a run save a checkpoint and end, also one in the background or on another node of a shared disk."""
+    from ambersafe_cli import control
+
+    return control.stop(run, now)
+
+
+@app.command()
+def reproduce(
+    run: Annotated[str, typer.Argument(help=_RUN)],
+    python: Annotated[str | None, typer.Option(help="Another interpreter to run train.py.")] = None,
+    allow_modified: AllowModified = False,
+    dry_run: DryRun = False,
+) -> int:
+    """Do a run again as its run.json says, after listing what is no longer as it was, and compare the metrics."""
+    from ambersafe_cli import reproduce
+
+    return reproduce.run(run, python, allow_modified, dry_run)
 
 
 @app.command()
 def runs(as_json: Json = False) -> None:
-    """List the runs of this working folder."""
-    from ambersafe_cli import reports
+    """List the runs of this working folder, the newest last."""
+    from ambersafe_cli import show
 
-    reports.runs(as_json)
+    show.table(as_json)
+
+
+@app.command()
+def show(
+    run: Annotated[str | None, typer.Argument(help=_RUN, show_default="the newest")] = None, as_json: Json = False
+) -> None:
+    """Show a run: what was trained, from what, how it went, where its checkpoints are."""
+    from ambersafe_cli import show
+
+    show.run(run, as_json)
 
 
 @app.command()

@@ -74,7 +74,7 @@ class SetupResult:
 
 
 @contextlib.contextmanager
-def _alone(parent: Path) -> Iterator[None]:
+def alone(parent: Path) -> Iterator[None]:
     """Let one setup at a time work in `parent`; a second one waits. The lock goes with the process, however it ends."""
     handle = os.open(parent, os.O_RDONLY)
     try:
@@ -95,7 +95,7 @@ def set_up(folder: Path, wanted: Wanted, force: bool, progress: Progress) -> Set
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(folder.parent), git_errors(f"Setting up {folder}"):
+        with alone(folder.parent), git_errors(f"Setting up {folder}"):
             if folder.exists() and not is_empty(folder):
                 try:
                     repo = open_clone(folder)
@@ -199,6 +199,8 @@ def _update(repo: git.Repo, folder: Path, wanted: Wanted, force: bool, progress:
             "Move them elsewhere, or use another --dir; --force renames them for you.",
         )
     saved += _save(repo, state, base)
+    if state.is_ours and state.head != state.base:  # for runs that were started with it, see worktrees.py
+        repo.git.branch("--force", f"{BRANCH}-{state.head[:12]}", state.head)
     saved += tuple(f"your file: {_move_aside(folder / file)}" for file in untracked)
     progress("checking out", 0.5)
     _check_out(repo, target, base)
@@ -257,10 +259,10 @@ def _finish_checkout(repo: git.Repo, state: CloneState) -> tuple[str, ...]:
 
 def _in_the_way(repo: git.Repo, folder: Path, target: str, files: Sequence[str]) -> list[str]:
     """Those of the files that would lose something if the commit `target` were checked out over them."""
-    return [file for file in dict.fromkeys(files) if not _is_half_written(repo, folder / file, f"{target}:{file}")]
+    return [file for file in dict.fromkeys(files) if not is_half_written(repo, folder / file, f"{target}:{file}")]
 
 
-def _is_half_written(repo: git.Repo, path: Path, blob: str) -> bool:
+def is_half_written(repo: git.Repo, path: Path, blob: str) -> bool:
     """Whether the file is what a killed checkout leaves: nothing, or the beginning of what it was to write."""
     if not path.exists():
         return True

@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import shutil
 import sys
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ambersafe_cli.errors import AmberSafeError
@@ -51,6 +53,29 @@ def write(text: str) -> None:
 def write_json(value: Any) -> None:
     """The answer for a program."""
     write(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def write_facts(facts: Iterable[tuple[str, str]]) -> None:
+    """The answer as lines of a name and what there is to say, folded between words to the terminal's width.
+
+    A word that is longer than a line, such as a path, stays whole. A name that comes again is not repeated.
+    """
+    width = shutil.get_terminal_size((80, 24)).columns
+    before = ""
+    for name, text in facts:
+        start = f"{'' if name == before else name:<12}"
+        before = name
+        write(
+            textwrap.fill(
+                text,
+                width=max(width, 40),
+                initial_indent=start,
+                subsequent_indent=" " * 12,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+            or start.rstrip()
+        )
 
 
 def write_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

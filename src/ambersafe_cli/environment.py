@@ -25,6 +25,12 @@ MODULES = {
     "numpy": "numpy",
     "tqdm": "tqdm",
 }
+# What else decides about the numbers of a training; recorded, but not needed.
+EXTRAS = (
+    "tokenizers", "safetensors", "huggingface-hub", "pyarrow", "triton", "flash-attn", "xformers", "bitsandbytes",
+    "peft", "deepspeed", "torchao", "nvidia-nccl-cu11", "nvidia-nccl-cu12", "nvidia-nccl-cu13", "nvidia-cudnn-cu11",
+    "nvidia-cudnn-cu12", "nvidia-cudnn-cu13",
+)  # fmt: skip
 INSTALL_HINT = "Install them there: `pip install 'ambersafe-cli[train]'`, or name another interpreter with --python."
 
 # Runs in the other interpreter, of any version, with the standard library alone. The first entry of sys.path is the
@@ -33,6 +39,12 @@ _PROBE = """
 import importlib.metadata as metadata, importlib.util as util, json, re, sys
 sys.path.pop(0)
 modules, versions, cuda = json.loads(sys.argv[1]), {}, None
+extras = {}
+for distribution in json.loads(sys.argv[2]):
+    try:
+        extras[distribution] = metadata.version(distribution)
+    except (ImportError, ValueError):
+        pass
 for module, distribution in modules.items():
     try:
         versions[distribution] = metadata.version(distribution) if util.find_spec(module) else None
@@ -43,18 +55,20 @@ if spec and spec.submodule_search_locations:
     with open(spec.submodule_search_locations[0] + "/version.py") as file:
         found = re.search(r"^(?:cuda|hip)\\b.*?= '([^']+)'", file.read(), re.MULTILINE)
     cuda = found and found.group(1)
-json.dump({"python": sys.version.split()[0], "versions": versions, "cuda": cuda}, sys.stdout)
+json.dump({"python": sys.version.split()[0], "versions": versions, "extras": extras, "cuda": cuda}, sys.stdout)
 """
 
 
 @dataclass(frozen=True)
 class TrainingEnvironment:
-    """An interpreter's path and version, the version of each package by distribution (None if it is missing), the CUDA
-    or ROCm version that its torch is built for (None: CPU only), and the names of the GPUs that torch will see."""
+    """An interpreter's path and version, the version of each package by distribution (None if it is missing), those of
+    `EXTRAS` that are installed, the CUDA or ROCm version that its torch is built for (None: CPU only), and the names of
+    the GPUs that torch will see."""
 
     python: str
     python_version: str
     versions: Mapping[str, str | None]
+    extras: Mapping[str, str]
     cuda: str | None
     gpus: tuple[str, ...]
 
@@ -78,9 +92,8 @@ def probe(python: str, ask_torch: bool = False) -> TrainingEnvironment:
         raise TrainingEnvironmentError(f"There is no interpreter {python}.", "--python takes the path of a Python.")
     path = str(Path(path).absolute())  # not resolved: a virtual environment's python is a link
     try:
-        child = subprocess.run(
-            [path, "-c", _PROBE, json.dumps(MODULES)], capture_output=True, text=True, timeout=60, check=True
-        )
+        command = [path, "-c", _PROBE, json.dumps(MODULES), json.dumps(EXTRAS)]
+        child = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
         answer = json.loads(child.stdout)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip()
@@ -88,7 +101,7 @@ def probe(python: str, ask_torch: bool = False) -> TrainingEnvironment:
             f"{path} does not work as a Python interpreter: {said}", "--python takes the path of a Python."
         ) from error
     gpus = () if not answer["cuda"] else _torchs_gpus(path) if ask_torch else _visible_gpus()
-    return TrainingEnvironment(path, answer["python"], answer["versions"], answer["cuda"], gpus)
+    return TrainingEnvironment(path, answer["python"], answer["versions"], answer["extras"], answer["cuda"], gpus)
 
 
 def _torchs_gpus(python: str) -> tuple[str, ...]:

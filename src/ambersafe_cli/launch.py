@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -30,13 +30,14 @@ TORCHRUN_PATCH = "Join the process group that torchrun made"
 
 @dataclass(frozen=True)
 class Launch:
-    """A command that is ready to start: its run's folder, its arguments, and what it adds to the environment, and how
-    many processes it will train in.
+    """A command that is ready to start: its run's folder, the clone whose train.py it runs, its arguments, what it adds
+    to the environment, and how many processes it will train in.
 
     `notes` say what was changed to suit the machine or the clone.
     """
 
     run_folder: Path
+    clone: Path
     argv: tuple[str, ...]
     environment: Mapping[str, str]
     processes: int
@@ -100,7 +101,7 @@ def plan(
     settings = {"SAFERLHF_DATASET": stage.data, "SAFERLHF_REVISION": stage.data_revision or "", "PYTHONUNBUFFERED": "1"}
     if user_name().startswith("uid-"):
         settings["LOGNAME"] = user_name()  # upstream's getpass.getuser() would raise KeyError
-    return stage, Launch(run_folder, tuple(argv), settings, processes or 1, tuple(notes))
+    return stage, Launch(run_folder, clone.folder, tuple(argv), settings, processes or 1, tuple(notes))
 
 
 @dataclass(frozen=True)
@@ -111,11 +112,12 @@ class Outcome:
     interrupted: bool
 
 
-def run(launch: Launch, log: Path, on_signal: Callable[[], None]) -> Outcome:
+def run(launch: Launch, log: Path, on_signal: Callable[[], None], is_stop_asked: Callable[[], bool]) -> Outcome:
     """Start the child, pass on what it prints as it comes, keep it in `log` as well, and wait for its end.
 
     The first Ctrl-C, SIGTERM or SIGHUP is passed on to what trains, which saves a checkpoint and ends, and `on_signal`
-    is called; the second one kills. However the child ends, no process of it is left behind.
+    is called; the second one kills. `is_stop_asked`, which is called every second, counts as a SIGTERM when it says so.
+    However the child ends, no process of it is left behind.
     Raises RunFolderError if the log cannot be written.
     """
     mark = f"{launch.run_folder}:{os.getpid()}"
@@ -143,7 +145,7 @@ def run(launch: Launch, log: Path, on_signal: Callable[[], None]) -> Outcome:
         for pump in pumps:
             pump.start()
         try:
-            _wait(child, received, lambda: _pass_on(child, mark, received[0], on_signal))
+            _wait(child, received, lambda: _pass_on(child, mark, received[0], on_signal), is_stop_asked)
         finally:
             _kill_all(child, mark)
         for pump in pumps:
@@ -181,14 +183,23 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _wait(child: "subprocess.Popen[bytes]", received: Sequence[int], pass_on: Callable[[], None]) -> None:
+def _wait(
+    child: "subprocess.Popen[bytes]",
+    received: list[int],
+    pass_on: Callable[[], None],
+    is_stop_asked: Callable[[], bool],
+) -> None:
     """Wait for the child; pass the first signal on, and after a second one leave it to be killed.
 
     There is no time limit in between: a checkpoint of tens of gigabytes is being saved, and who must have it quicker,
     a user or a scheduler, sends another signal.
     """
     was_passed_on = False
+    asked_at = time.monotonic()
     while child.poll() is None and len(received) < 2:
+        if time.monotonic() - asked_at > 1:
+            asked_at = time.monotonic()
+            received += [signal.SIGTERM] if is_stop_asked() else []
         if received and not was_passed_on:
             pass_on()
             was_passed_on = True

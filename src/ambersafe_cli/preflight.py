@@ -25,8 +25,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Report:
+    """What was found, the plan, and what children/look_at_data.py answered; None where it did not come so far."""
+
     findings: tuple[Finding, ...]
     plan: Plan | None
+    data: Mapping[str, Any] | None = None
 
     @property
     def errors(self) -> list[Finding]:
@@ -62,14 +65,14 @@ def check(subject: Subject) -> Report:
     except ArchiveError as error:
         findings.append(Finding("error", error.message, error.hint))
     findings += _of_block(subject.stage, model, config)
-    plan = None
+    plan, data = None, None
     if config["datasets"] == ["saferlhf"] and not subject.environment.missing:
         data = data_findings.look_at_data(subject.stage, subject.environment, config, model)
         findings += data_findings.of_data(subject.stage, config, data)
         if "splits" in data:
             plan = make_plan(subject.stage.name, subject.processes, subject.run_folder, config, data, shapes)
             findings += [*_of_disk(plan), *_of_learning_rate(config, plan)]
-    return Report(tuple(findings), plan)
+    return Report(tuple(findings), plan, data)
 
 
 def effective_config(subject: Subject) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from ambersafe_cli import data as data_
 from ambersafe_cli import display, environment, patches, recipe
-from ambersafe_cli import runs as runs_
 from ambersafe_cli.errors import CloneError
 
 if TYPE_CHECKING:
@@ -101,19 +100,6 @@ def data(recipe_name: str, source: str | None, revision: str | None, as_json: bo
             name = f"{text}: characters, " + ("longest" if percentile == 100 else f"{percentile} % are up to")
             rows.append((name, *(f"{s.lengths[text][label]:,}" for s in summaries.values())))
     display.write_table(f"{place}{f' at {revision}' if revision else ''}", ("", *summaries), rows)
-
-
-def runs(as_json: bool) -> None:
-    """List the runs of this working folder, the newest last."""
-    found = runs_.list_runs()
-    if as_json:
-        display.write_json([{"folder": str(run.folder), **run.record, "status": run.status} for run in found])
-        return
-    rows = [
-        (run.folder.name, run.record["stage"], run.status, str(len(run.record["attempts"])), run.record["started"][:16])
-        for run in found
-    ]
-    display.write_table(str(runs_.folder_of_runs()), ("run", "stage", "status", "attempts", "started (UTC)"), rows)
 
 
 def recipes(name: str | None, as_json: bool) -> None:

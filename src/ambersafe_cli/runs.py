@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import difflib
 import fcntl
 import getpass
 import json
@@ -69,13 +70,26 @@ def write(folder: Path, record: Mapping[str, Any]) -> None:
         raise RunFolderError(f"Cannot write {folder / 'run.json'}: {error.strerror}") from error
 
 
+# What the other modules rely on; the keys of the first line are in every record.
+_KINDS: dict[str, type] = {
+    "stage": str, "status": str, "started": str, "model": dict,
+    "ended": str, "data": dict, "upstream": dict, "recipe": dict, "values": dict, "environment": dict,
+    "command": list, "next_command": list, "overrides": list, "attempts": list, "last_metrics": dict,
+}  # fmt: skip
+_REQUIRED = ("stage", "status", "started", "model")
+
+
 def read(folder: Path) -> Record | None:
-    """Read a run's record; None if it has none, or one that is not whole or of another schema."""
+    """Read a run's record; None if it has none, or one that is not whole, of another schema, or no record of ours."""
     try:
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and record.get("schema") == SCHEMA else None
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        return None
+    is_ours = all(record.get(key) is None or isinstance(record[key], kind) for key, kind in _KINDS.items())
+    is_ours = is_ours and all(record.get(key) is not None for key in _REQUIRED)
+    return record if is_ours and all(isinstance(each, dict) for each in record.get("attempts") or ()) else None
 
 
 def host() -> str:
@@ -85,6 +99,23 @@ def host() -> str:
 def checkpoint(folder: Path) -> Path:
     """Where a run that came to its end leaves its weights."""
     return folder / "LATEST" / "policy.pt"
+
+
+def ask_to_stop(folder: Path) -> None:
+    """Leave a word for the process that has the run, on whatever machine it is. Raises RunFolderError."""
+    try:
+        (folder / "stop").touch()
+    except OSError as error:
+        raise RunFolderError(f"Cannot write {folder / 'stop'}: {error.strerror}") from error
+
+
+def take_stop_request(folder: Path) -> bool:
+    """Whether somebody asked the run to stop since it was last looked for."""
+    try:
+        (folder / "stop").unlink()
+    except OSError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -126,14 +157,57 @@ class Run:
     status: str
 
 
+def look(folder: Path) -> Run | None:
+    """The run in a folder, with its status of now; None if `read` finds no record there."""
+    record = read(folder)
+    if record is None:
+        return None
+    died = record["status"] == "running" and not is_running(folder)
+    return Run(folder, record, "died" if died else record["status"])
+
+
 def list_runs() -> list[Run]:
     """The runs of this working folder, the oldest first."""
-    found = []
-    for path in folder_of_runs().glob("*/run.json"):
-        if record := read(path.parent):
-            died = record["status"] == "running" and not is_running(path.parent)
-            found.append(Run(path.parent, record, "died" if died else record["status"]))
-    return sorted(found, key=lambda run: str(run.record["started"]))
+    found = [look(path.parent) for path in folder_of_runs().glob("*/run.json")]
+    return sorted(filter(None, found), key=lambda run: run.record["started"])
+
+
+def newest() -> Run:
+    """The run of this working folder that was started last. Raises UsageError if there is none."""
+    found = list_runs()
+    if not found:
+        raise UsageError(f"There is no run under {folder_of_runs()}.", "Give the folder of one.")
+    return found[-1]
+
+
+def find(text: str) -> Path:
+    """The folder of the run that is meant by a path, or by a name of this working folder's runs or its beginning.
+
+    Raises UsageError, with the names that come near, if there is none such or more than one.
+    """
+    places = (Path(text).absolute(), folder_of_runs() / text)
+    for folder in places:
+        if read(folder) is not None:
+            return folder
+    names = [run.folder.name for run in list_runs()]
+    begun = [name for name in names if text and name.startswith(text)]
+    if len(begun) == 1:
+        return folder_of_runs() / begun[0]
+    for folder in places:
+        with contextlib.suppress(OSError):  # a name that is too long, or a folder that may not be looked at
+            if folder.is_dir() and not begun:
+                raise UsageError(f"{folder} is not the folder of a run.", "`ambersafe runs` lists them.")
+    near = begun[-3:] or difflib.get_close_matches(text, names, n=3, cutoff=0.3)
+    raise UsageError(
+        f"{len(begun)} runs begin with {text}." if begun else f"There is no run {text} under {folder_of_runs()}.",
+        f"There {'are' if len(near) > 1 else 'is'} {', '.join(near)}." if near else "`ambersafe runs` lists them.",
+    )
+
+
+def steps(folder: Path) -> list[Path]:
+    """The step-N checkpoints of a run, the newest first, whole or not."""
+    numbered = [(int(path.name[5:]), path) for path in folder.glob("step-*") if path.name[5:].isdecimal()]
+    return [path for _, path in sorted(numbered, reverse=True)]
 
 
 def newest_finished_sft(model: str, revision: str | None) -> Path:
@@ -142,7 +216,7 @@ def newest_finished_sft(model: str, revision: str | None) -> Path:
         run.folder
         for run in list_runs()
         if (run.record["stage"], run.status) == ("sft", "finished")
-        and (run.record["model"]["name"], run.record["model"]["revision"]) == (model, revision)
+        and (run.record["model"].get("name"), run.record["model"].get("revision")) == (model, revision)
         and checkpoint(run.folder).is_file()
     ]
     if not found:

@@ -2,12 +2,25 @@
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ambersafe_cli import __version__, attempts, display, environment, launch, patches, plans, preflight, runs, upstream
+from ambersafe_cli import (
+    __version__,
+    attempts,
+    control,
+    display,
+    environment,
+    launch,
+    patches,
+    plans,
+    preflight,
+    provenance,
+    runs,
+    upstream,
+)
 from ambersafe_cli import recipe as recipes
 from ambersafe_cli.errors import ArchiveError, CloneError, PreflightError, UsageError
 
@@ -34,6 +47,7 @@ class Request:
     dry_run: bool = False
     preflight: bool = True
     allow_modified: bool = False
+    detach: bool = False
 
 
 # What the flags of both commands set in upstream's config, as they stand.
@@ -82,6 +96,7 @@ def request(stage: recipes.StageName, params: Mapping[str, Any]) -> Request:
         dry_run=params["dry_run"],
         preflight=not params["no_preflight"],
         allow_modified=params["allow_modified"],
+        detach=params["detach"],
     )
 
 
@@ -98,15 +113,17 @@ def run(request: Request) -> int:
         _show_notes(prepared)
         display.write(prepared.launch.as_shell())
         return 0
+    report = None
     if request.preflight:
-        _require(_preflight(prepared))
-    return start(prepared)
+        report = preflight.check(subject(prepared))
+        _require(report)
+    return start(prepared, report, request.detach)
 
 
 def check(request: Request, as_json: bool) -> None:
     """`ambersafe check`: show what preflight finds and what the run would do. Raises PreflightError for an error."""
     prepared = prepare(request)
-    report = _preflight(prepared)
+    report = preflight.check(subject(prepared))
     if as_json:
         display.write_json(asdict(report))
     else:
@@ -116,8 +133,9 @@ def check(request: Request, as_json: bool) -> None:
     _require(report)
 
 
-def _preflight(prepared: "Prepared") -> preflight.Report:
-    subject = preflight.Subject(
+def subject(prepared: "Prepared") -> preflight.Subject:
+    """What preflight is to look at."""
+    return preflight.Subject(
         stage=prepared.stage,
         clone=prepared.clone,
         environment=prepared.environment,
@@ -126,7 +144,6 @@ def _preflight(prepared: "Prepared") -> preflight.Report:
         expected_base=upstream.PINNED_COMMIT,
         allow_modified=prepared.allow_modified,
     )
-    return preflight.check(subject)
 
 
 def _require(report: preflight.Report) -> None:
@@ -138,13 +155,22 @@ def _require(report: preflight.Report) -> None:
         raise PreflightError(f"Not started: preflight found {count}.", "--no-preflight starts without these checks.")
 
 
-def start(prepared: "Prepared") -> int:
-    """Make the run folder and run a prepared stage to its end; return the exit status. Raises AmberSafeError."""
+def start(prepared: "Prepared", report: preflight.Report | None = None, detach: bool = False) -> int:
+    """Make the run folder and run a prepared stage to its end; return the exit status. Raises AmberSafeError.
+
+    `report` is what preflight found, or None if it was left away: it goes into run.json. `detach` leaves the run to a
+    process in the background.
+    """
     prepared.environment.require_packages()
     folder = prepared.launch.run_folder
     runs.make(folder)
     _show_notes(prepared)
-    return attempts.run(prepared.launch, _record(prepared))
+    record = _record(prepared, report)
+    if detach:
+        begun: dict[str, Any] = {"started": runs.now(), "ended": None, "exit_status": None, "attempts": []}
+        runs.write(folder, {**record, **begun, "status": "running"})
+        return control.detach(folder, None, prepared.allow_modified)
+    return attempts.run(prepared.launch, record)
 
 
 @dataclass(frozen=True)
@@ -165,6 +191,7 @@ def prepare(request: Request) -> Prepared:
     """Resolve everything, without starting or writing anything. Raises AmberSafeError."""
     chosen = recipes.load(request.recipe)
     stage = recipes.resolve(request.stage, chosen, request.flags, request.overrides)
+    provenance.require_no_secret(_settings(chosen, stage))
     clone = upstream.inspect(request.clone, patches.read_series())
     if stage.data and not _has(clone, SAFERLHF_PATCH):
         raise CloneError(f"{clone.folder} lacks the patch that adds saferlhf.", "Apply it: `ambersafe setup`.")
@@ -239,32 +266,41 @@ def _show_notes(prepared: Prepared) -> None:
         display.warn(note)
 
 
-def _record(prepared: Prepared) -> dict[str, Any]:
+def _settings(recipe: recipes.Recipe, stage: recipes.Stage) -> Iterator[tuple[str, object]]:
+    """Every key and value that the record of a run of this stage will hold, and those of the recipe's other stage."""
+    for values in (*recipe.values.values(), stage.values):
+        yield from values.items()
+    for override in stage.overrides:
+        yield override.key, override.value
+        yield override.key, [override.text]
+    yield "description", recipe.description
+
+
+def _record(prepared: Prepared, report: preflight.Report | None) -> dict[str, Any]:
     """What run.json says of a run when it starts."""
     plan, clone, stage = prepared.launch, prepared.clone, prepared.stage
     archive = stage.get("model.archive")
     return {
         "stage": stage.name,
         "model": {"name": stage.model, "revision": stage.get("model.revision"), "commit": None},
-        "data": {"name": stage.data, "revision": stage.data_revision, "commit": None},
+        "data": provenance.of_data(stage, report.data if report else None),
         "sft_run": prepared.sft_run and str(prepared.sft_run),
         "archive": archive and str(archive),
+        "archive_fingerprint": provenance.of_checkpoint(archive),
         "recipe": asdict(prepared.recipe),
         "values": dict(stage.values),
         "overrides": [override.text for override in stage.overrides],
         "command": list(plan.argv),
+        "processes": plan.processes,
         "environment": dict(plan.environment),
+        "variables": provenance.of_variables(),
+        "python": provenance.of_python(prepared.environment),
+        "machine": provenance.of_machine(),
         "working_folder": str(Path.cwd()),
+        "working_folder_git": provenance.of_working_folder(Path.cwd()),
+        "preflight": provenance.of_findings(report.findings if report else None),
+        "allow_modified": prepared.allow_modified,
         "next_command": prepared.next_command,
-        "upstream": {
-            "folder": str(clone.folder),
-            "url": clone.url,
-            "base": clone.base,
-            "head": clone.head,
-            "tree": clone.tree,
-            "edited": list(clone.edited),
-            "can_resume": _has(clone, RESUME_PATCH),
-            "patches": {p.patch.name: p.state for p in clone.patches},
-        },
+        "upstream": provenance.of_clone(clone, can_resume=_has(clone, RESUME_PATCH)),
         "ambersafe_version": __version__,
     }

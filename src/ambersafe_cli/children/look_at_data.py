@@ -3,9 +3,10 @@
 Runs under the training interpreter. The request: saferlhf (the path of saferlhf.py), tokenizer (a folder, or a name on
 the hub), revision, stage (an example is a prompt and its target in sft, a pair in dpo), max_length, max_prompt_length,
 keep_eos, drop_eos, batch_size, sample (how many examples to tokenize). The rows come from where SAFERLHF_DATASET says.
-The answer: for each split its counts; or `error`, and what `datasets` or the tokenizer said.
+The answer: for each split its counts and fingerprint; or `error`, and what `datasets` or the tokenizer said.
 """
 
+import hashlib
 import json
 import os
 import random
@@ -56,6 +57,35 @@ def open_tokenizer(name: str, revision: str | None) -> MeasuringTokenizer:
             slow.eos_token,
             lambda texts: [len(ids) for ids in slow(texts, add_special_tokens=False)["input_ids"]],
         )
+
+
+def fingerprint(table: Any) -> str:
+    """SHA-256 of the rows of a table of texts (large_string) and truth values without nulls, on whole Arrow buffers.
+
+    It is over each column in turn: its name, the number of rows, then the length of each text in bytes (64 bits, little
+    end first) and all texts, or a byte for each truth value. So equal rows in the same order have equal ones, however
+    they are stored, cut into chunks or sliced.
+    """
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    digest = hashlib.sha256()
+    for name in table.column_names:
+        digest.update(f"{name}\0{table.num_rows}\0".encode())
+        chunks = [chunk for chunk in table[name].chunks if len(chunk)]
+        if table.schema.field(name).type == pa.bool_():
+            for chunk in chunks:
+                digest.update(pc.cast(chunk, pa.uint8()).to_numpy())
+            continue
+        for chunk in chunks:
+            digest.update(pc.binary_length(chunk).to_numpy().astype("<i8"))
+        for chunk in chunks:
+            _, offsets, texts = chunk.buffers()
+            first, last = np.frombuffer(offsets, dtype=np.int64)[[chunk.offset, chunk.offset + len(chunk)]]
+            if last > first:
+                digest.update(memoryview(texts)[first:last])
+    return digest.hexdigest()
 
 
 Example = tuple[str, ...]
@@ -137,6 +167,7 @@ def look(request: dict[str, Any]) -> dict[str, Any]:
         columns = [tokenizer.lengths(list(texts)) for texts in zip(*sample)]
         answer["splits"][split] = {
             "rows": table.num_rows,
+            "fingerprint": fingerprint(table),
             "prompts": len(data),
             "pairs": sum(len(entry["pairs"]) for entry in data.values()),
             "examples": len(examples),

@@ -1,0 +1,68 @@
+"""Runs that go on without a terminal: starting one in the background, and stopping it."""
+
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from ambersafe_cli import display, runs
+from ambersafe_cli.errors import UsageError
+
+
+def detach(folder: Path, python: str | None, allow_modified: bool) -> int:
+    """Go on with a run whose record is written in a process of its own, which no terminal can end.
+
+    Returns 0 once that process has the run, or its exit status if it ended before, after saying what it said.
+    """
+    before = _attempts(folder)
+    log = folder / "launcher.log"
+    begin = log.stat().st_size if log.exists() else 0
+    with log.open("ab") as file:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "ambersafe_cli", "resume", str(folder)]
+            + (["--python", python] if python else [])
+            + (["--allow-modified"] if allow_modified else []),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,  # train.log has it
+            stderr=file,
+            start_new_session=True,  # a SIGHUP of the terminal does not reach it
+        )
+    while child.poll() is None and _attempts(folder) == before:
+        time.sleep(0.1)
+    if _attempts(folder) == before:
+        display.say(log.read_bytes()[begin:].decode(errors="replace").strip())
+        return child.returncode or 70
+    name = shlex.quote(folder.name)
+    display.say(f"run folder: {folder}")
+    display.say(f"it goes on without this terminal; its output is in {log.with_name('train.log')}")
+    display.say(f"ambersafe show {name} tells how far it is, ambersafe stop {name} stops it")
+    return 0
+
+
+def _attempts(folder: Path) -> int:
+    record = runs.read(folder)
+    return len(record["attempts"]) if record else 0
+
+
+def stop(name: str, now: bool) -> int:
+    """Have a run, by its folder or name, save a checkpoint and stop, and wait for that; `now`: kill it. Return 0.
+
+    Raises UsageError if there is no such run or no process has it, RunFolderError.
+    """
+    folder = runs.find(name)
+    if not runs.is_running(folder):
+        raise UsageError(f"{folder} is not running.", "`ambersafe runs` shows which are.")
+    display.say("stopping it: a checkpoint is saved when its step has ended" if not now else "stopping it at once")
+    for _ in range(2 if now else 1):
+        runs.ask_to_stop(folder)
+        while runs.is_running(folder) and (folder / "stop").exists():
+            time.sleep(0.1)
+    while runs.is_running(folder):
+        time.sleep(0.1)
+    run = runs.look(folder)
+    status = run.status if run else "gone"
+    display.say(f"{folder}: {status}")
+    if status != "finished":
+        display.say(f"to go on with it: {shlex.join(['ambersafe', 'resume', str(folder)])}")
+    return 0

@@ -1,0 +1,188 @@
+"""Runs in the background, stopped from elsewhere, going on with the series that they were started with, done again."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Ambersafe, git, only_run, run_ambersafe
+from test_launch import is_running
+from test_real_upstream import model, rows  # noqa: F401, fixtures
+from test_resume import SETTINGS, kill_with_everything_it_started, numbers, start, wait_for_step
+
+from ambersafe_cli import runs, upstream
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+
+
+def test_a_detached_run_outlives_its_terminal_and_stop_ends_it(
+    ambersafe: Ambersafe, fake_clone: Path, tmp_path: Path
+) -> None:
+    work = tmp_path / "work"
+    command = [sys.executable, "-m", "ambersafe_cli", "sft", "--recipe", "tiny", "--model", "m", "--exp-name", "run"]
+    terminal = subprocess.Popen(
+        [*command, "--no-preflight", "--detach", "--data", "org/rows"],
+        cwd=work,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        env={**os.environ, "FAKE": "hang"},
+    )
+    said = terminal.communicate(timeout=60)[1].decode()
+    assert terminal.returncode == 0, said
+    run = only_run(work, "run")
+    assert f"ambersafe stop {run.name}" in said
+    assert runs.is_running(run)
+    wait_until(lambda: b"started" in (run / "train.log").read_bytes())
+    # what trains is deaf to SIGTERM: a second word kills it
+    stopped = ambersafe("stop", run.name, "--now")
+    assert stopped.returncode == 0, stopped.stderr
+    assert not runs.is_running(run)
+    record = json.loads((run / "run.json").read_text())
+    assert (record["status"], record["exit_status"]) == ("interrupted", 143)
+    worker = int((run / "train.log").read_text().split("started ")[1].split()[0])
+    assert not is_running(worker)
+    again = ambersafe("stop", run.name)
+    assert again.returncode == 64
+    assert "is not running" in again.stderr
+
+
+def test_a_detached_run_that_cannot_start_says_why(ambersafe: Ambersafe, fake_clone: Path, tmp_path: Path) -> None:
+    given = ("--recipe", "tiny", "--model", "m", "--exp-name", "run", "--no-preflight", "--data", "org/rows")
+    done = ambersafe("sft", *given, env={"FAKE": "crash"})
+    assert done.returncode == 3
+    run = only_run(tmp_path / "work", "run")
+    shutil.rmtree(fake_clone)
+    done = ambersafe("resume", run.name, "--detach")
+    assert done.returncode == 71
+    assert "There is no clone of upstream" in done.stderr
+
+
+def test_a_stop_request_from_before_does_not_end_the_next_attempt(
+    ambersafe: Ambersafe, fake_clone: Path, tmp_path: Path
+) -> None:
+    given = ("--recipe", "tiny", "--model", "m", "--exp-name", "run", "--no-preflight", "--data", "org/rows")
+    assert ambersafe("sft", *given, env={"FAKE": "crash"}).returncode == 3
+    run = only_run(tmp_path / "work", "run")
+    (run / "stop").touch()
+    done = ambersafe("resume", run.name)
+    assert done.returncode == 0, done.stderr
+    assert not (run / "stop").exists()
+
+
+@pytest.mark.slow
+def test_stop_saves_a_checkpoint_that_resume_goes_on_from(
+    patched: Path,
+    model: Path,  # noqa: F811
+    rows: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    given = ("--dir", patched, "--model", model, "--data", rows, *SETTINGS, "save_every_examples=null")
+    child = start("sft", tmp_path, "--exp-name", "run", *given)
+    wait_for_step(child, 48)
+    run = only_run(tmp_path, "run")
+    done = run_ambersafe("stop", run.name, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    child.communicate(timeout=60)
+    assert child.returncode == 128 + signal.SIGTERM
+    assert len(list(run.glob("step-*"))) == 1
+    moved = tmp_path / "elsewhere"
+    run.rename(moved)
+    done = run_ambersafe("resume", moved, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (moved / "LATEST" / "policy.pt").exists()
+    assert not run.exists()
+
+
+def another_series(clone: Path) -> str:
+    """Make another series of the clone's as a newer version of this tool might: other commits on the branch."""
+    old = git(clone, "rev-parse", "HEAD")
+    git(clone, "branch", f"ambersafe-{old[:12]}", old)
+    source = (clone / "trainers.py").read_text()
+    (clone / "trainers.py").write_text(source.replace("train stats after", "stats of training after"))
+    git(clone, "commit", "--quiet", "--all", "--message", "Say it otherwise")
+    return old
+
+
+@pytest.mark.slow
+def test_older_runs_go_on_and_are_done_again_with_the_series_they_were_started_with(
+    patched: Path,
+    model: Path,  # noqa: F811
+    rows: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    clone = tmp_path / "clone"
+    shutil.copytree(patched, clone)
+    given = ("--dir", clone, "--model", model, "--data", rows, *SETTINGS)
+    child = start("sft", tmp_path, "--exp-name", "run", *given)
+    wait_for_step(child, 112)
+    run = only_run(tmp_path, "run")
+    kill_with_everything_it_started(child, run)
+    old = another_series(clone)
+    done = run_ambersafe("resume", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "has moved on" in done.stderr
+    assert "stats of training" not in (run / "train.log").read_text()
+    worktree = tmp_path / "clone.worktrees" / old[:12]
+    assert git(worktree, "rev-parse", "HEAD") == old
+    assert json.loads((run / "run.json").read_text())["attempts"][1]["upstream"]["head"] == old
+
+    (worktree / "utils.py").unlink()  # as if it had been killed while it was made
+    done = run_ambersafe("reproduce", run.name, cwd=tmp_path, env={"OMP_NUM_THREADS": "2", "NCCL_DEBUG": "INFO"})
+    assert done.returncode == 0, done.stderr
+    assert "variables.NCCL_DEBUG was not set, and is INFO" in done.stderr
+    assert "are the same to every printed digit" in done.stderr
+    second = max((tmp_path / ".cache").glob("*/run_*"), key=lambda path: path.name)
+    assert second != run
+    assert numbers(second) == numbers(run)
+
+    (worktree / "utils.py").write_text("mine\n")
+    done = run_ambersafe("reproduce", run.name, "--dry-run", cwd=tmp_path)
+    assert done.returncode == 71
+    assert "was edited" in done.stderr
+    assert (worktree / "utils.py").read_text() == "mine\n"
+
+
+@pytest.mark.slow
+def test_setup_keeps_the_series_that_it_replaces(patched: Path, tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    shutil.copytree(patched, clone)
+    old = git(clone, "rev-parse", "HEAD")
+    assert run_ambersafe("setup", "--minimal", "--dir", clone, cwd=tmp_path).returncode == 0
+    assert git(clone, "rev-parse", "HEAD") != old
+    assert git(clone, "rev-parse", f"ambersafe-{old[:12]}") == old
+    assert git(clone, "branch", "--show-current") == upstream.BRANCH
+
+
+@pytest.mark.slow
+def test_reproduce_lists_what_differs_and_says_when_the_metrics_do(
+    patched: Path,
+    model: Path,  # noqa: F811
+    rows: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    data = tmp_path / "rows"
+    shutil.copytree(rows, data)
+    given = ("--dir", patched, "--model", model, "--data", data, *SETTINGS, "n_examples=48")
+    assert run_ambersafe("sft", *given, "--exp-name", "run", cwd=tmp_path).returncode == 0
+    run = only_run(tmp_path, "run")
+    lines = (data / "train.jsonl").read_text().splitlines()
+    (data / "train.jsonl").write_text("\n".join(reversed(lines)) + "\n")
+    dry = run_ambersafe("reproduce", run.name, "--dry-run", cwd=tmp_path)
+    assert dry.returncode == 0
+    assert "data.fingerprint.train was" in dry.stderr
+    assert "data.fingerprint.test was" not in dry.stderr
+    assert len(list((tmp_path / ".cache").glob("*/run_*"))) == 1
+    done = run_ambersafe("reproduce", run.name, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "not reproduced: 2 of 2 metrics differ" in done.stderr
