@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -186,3 +187,32 @@ def test_reproduce_lists_what_differs_and_says_when_the_metrics_do(
     done = run_ambersafe("reproduce", run.name, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "not reproduced: 2 of 2 metrics differ" in done.stderr
+
+
+def test_to_ask_whether_a_run_is_running_is_not_in_the_way_of_one_that_starts(tmp_path: Path) -> None:
+    asking = threading.Event()
+
+    def ask() -> None:
+        while not asking.is_set():
+            runs.is_running(tmp_path)
+
+    asker = threading.Thread(target=ask)
+    asker.start()
+    try:
+        for _ in range(300):
+            with runs.locked(tmp_path):
+                assert runs.is_running(tmp_path)
+    finally:
+        asking.set()
+        asker.join()
+
+
+def test_a_working_folder_whose_name_is_no_utf_8(fake_clone: Path, tmp_path: Path) -> None:
+    work = tmp_path / os.fsdecode(b"odd \xff")
+    work.mkdir()
+    given = ("--dir", fake_clone, "--recipe", "tiny", "--model", "m", "--exp-name", "run", "--data", "org/rows")
+    done = run_ambersafe("sft", *given, "--no-preflight", cwd=work)
+    assert done.returncode == 0, done.stderr
+    record = runs.read(only_run(work, "run"))
+    assert record
+    assert record["working_folder"] == str(work)

@@ -1,5 +1,6 @@
 """One attempt at a run, the first or a later one: from the lock on its folder to the exit status, and `resume`."""
 
+import math
 import os
 import shlex
 import zipfile
@@ -66,7 +67,9 @@ def _end(folder: Path, record: runs.Record, outcome: launch.Outcome) -> int:
     record["model"] = {**record["model"], "commit": log.model_commit}
     record["data"] = {**record["data"], "commit": log.data_commit}
     record["checkpoint_fingerprint"] = checkpoints.fingerprint(runs.checkpoint(folder))
-    record["last_metrics"] = dict(log.evaluations()[-1].values) if log.evaluations() else None
+    last = log.evaluations()[-1].values if log.evaluations() else None
+    # JSON has no NaN
+    record["last_metrics"] = last and {key: value if math.isfinite(value) else None for key, value in last.items()}
     try:
         runs.write(folder, record)
     except RunFolderError:

@@ -1,8 +1,10 @@
 """Everything that can be known before a model is loaded: findings, all at once, and the plan of what a run will do."""
 
 import json
+import netrc
 import os
 import re
+import urllib.parse
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +57,7 @@ def check(subject: Subject) -> Report:
     findings = [*_of_clone(subject), *_of_environment(subject), *_of_types(config)]
     if any(finding.level == "error" for finding in findings):
         return Report(tuple(findings), None)  # what follows reckons with these
-    findings += _of_settings(subject, config)
+    findings += [*_of_settings(subject, config), *_of_wandb(config)]
     model = model_folder(config)
     findings += _of_cache(config, model)
     shapes = None
@@ -165,6 +167,22 @@ def _of_settings(subject: Subject, config: Mapping[str, Any]) -> Iterator[Findin
             "error",
             f"eval_every {config['eval_every']} is smaller than batch_size {batch}: upstream rounds it to 0 and fails.",
             f"Add eval_every={batch} behind the flags, or more.",
+        )
+
+
+def _of_wandb(config: Mapping[str, Any]) -> Iterator[Finding]:
+    """Without a login wandb asks for one, and as nobody can answer it ends the run once the models are loaded."""
+    is_on = config.get("wandb.enabled", config["wandb"]["enabled"]) and not config["debug"]
+    if not is_on or os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+        return
+    host = urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        is_logged_in = netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        is_logged_in = False
+    if not is_logged_in:
+        yield Finding(
+            "error", f"wandb is not logged in at {host}.", "`wandb login`, WANDB_MODE=offline, or leave --wandb away."
         )
 
 

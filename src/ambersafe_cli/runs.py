@@ -8,6 +8,7 @@ import getpass
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,13 +62,22 @@ def write(folder: Path, record: Mapping[str, Any]) -> None:
     temporary = folder / "run.json.new"
     try:
         with temporary.open("w", encoding="utf-8") as file:
-            json.dump({"schema": SCHEMA, **record}, file, indent=2, ensure_ascii=False)
-            file.write("\n")
+            file.write(_as_json({"schema": SCHEMA, **record}) + "\n")
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(folder / "run.json")
     except OSError as error:
         raise RunFolderError(f"Cannot write {folder / 'run.json'}: {error.strerror}") from error
+
+
+def _as_json(record: Mapping[str, Any]) -> str:
+    """Texts as they stand, or escaped if one is no UTF-8, as the name of a folder may be."""
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(record, indent=2)
+    return text
 
 
 # What the other modules rely on; the keys of the first line are in every record.
@@ -121,10 +131,15 @@ def take_stop_request(folder: Path) -> bool:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the run's folder for this process. Raises UsageError if another one has it."""
-    with _folder_lock(folder) as is_ours:
-        if not is_ours:
-            raise UsageError(f"The run {folder} is still running.", "Stop it: `ambersafe stop RUN`.")
-        yield
+    deadline = time.monotonic() + 1  # who only asks whether it is running has the lock for a moment
+    while True:
+        with _folder_lock(folder) as is_ours:
+            if is_ours:
+                yield
+                return
+        if time.monotonic() > deadline:
+            raise UsageError(f"The run {folder} is still running.", f"Stop it: `ambersafe stop {folder.name}`.")
+        time.sleep(0.02)
 
 
 @contextlib.contextmanager
