@@ -241,7 +241,7 @@ def _kill_all(child: "subprocess.Popen[bytes]", mark: str) -> None:
 
 def _marked(mark: str) -> list[int]:
     """The processes, this one apart, that have our mark in their environment (Linux; elsewhere none is found)."""
-    wanted = f"{_MARK}={mark}".encode()
+    wanted = os.fsencode(f"{_MARK}={mark}")
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
