@@ -6,22 +6,28 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from ambersafe_cli import display, environment, launch, metrics, patches, runs, upstream
+from ambersafe_cli import display, environment, launch, metrics, patches, recovery, runs, upstream
 from ambersafe_cli.errors import CloneError, NoCheckpointError, RunFolderError, UsageError
 from ambersafe_cli.overrides import assign
 
 STOPPING = "stopping: a checkpoint is saved when this step has ended; once more (Ctrl-C) stops at once"
-_FILES_OF_A_CHECKPOINT = ("policy.pt", "optimizer.pt", "scheduler.pt")
 
 
 def run(plan: launch.Launch, record: runs.Record) -> int:
-    """Run train.py to its end, keep run.json up to date, and return the exit status.
+    """Run a new run's train.py to its end, keep run.json up to date, and return the exit status.
 
-    `record` is that of earlier attempts, or what a new run's says of what is trained.
-    Raises RunFolderError, UsageError if another process has the run, NoCheckpointError if nothing is left of it.
+    `record` is what run.json says of what is trained.
+    Raises RunFolderError, UsageError if another process has the folder, NoCheckpointError if nothing is left of it.
     """
+    with runs.locked(plan.run_folder):
+        runs.require_empty(plan.run_folder)  # another run may have been here since it was made
+        return _attempt(plan, record)
+
+
+def _attempt(plan: launch.Launch, record: runs.Record) -> int:
+    """The same for each attempt, with the record of earlier ones. Only for who has the run's lock."""
     folder = plan.run_folder
-    with runs.locked(folder), upstream.in_use(Path(record["upstream"]["folder"])):
+    with upstream.in_use(Path(record["upstream"]["folder"])):
         number = len(record.get("attempts", [])) + 1
         started = {"started": runs.now(), "host": runs.host(), "pid": os.getpid(), "command": list(plan.argv)}
         record = {"started": started["started"], **record, "status": "running", "ended": None, "exit_status": None}
@@ -29,9 +35,9 @@ def run(plan: launch.Launch, record: runs.Record) -> int:
         runs.write(folder, record)
         display.say(f"run folder: {folder}")
         log_file = folder / "train.log"
-        if number > 1:
-            metrics.begin_attempt(log_file, number)
         try:
+            if number > 1:
+                metrics.begin_attempt(log_file, number)
             outcome = launch.run(plan, log_file, lambda: display.say(STOPPING))
         except BaseException:
             runs.write(folder, {**record, "status": "failed", "ended": runs.now()})
@@ -64,10 +70,8 @@ def _end(folder: Path, record: runs.Record, outcome: launch.Outcome) -> int:
     else:
         how = "was stopped" if outcome.interrupted else f"failed with exit status {outcome.exit_status}"
         display.say(f"{record['stage']} {how}; its output is in {folder / 'train.log'}")
-        if newest_checkpoint(folder):
-            display.say(
-                f"to go on from {newest_checkpoint(folder)}: {shlex.join(['ambersafe', 'resume', str(folder)])}"
-            )
+        if checkpoint := _newest_checkpoint(folder):
+            display.say(f"to go on from {checkpoint}: {shlex.join(['ambersafe', 'resume', str(folder)])}")
     return outcome.exit_status
 
 
@@ -80,14 +84,10 @@ def _show_end(folder: Path, record: runs.Record, log: metrics.Log) -> None:
     display.say(f"next: {shlex.join(record['next_command'])}")
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a run that can be resumed from, or None. One that is cut off is passed over.
-
-    Only a whole checkpoint has its name; but a clone without the patch that sees to it may have written this one.
-    """
-    numbered = [(int(path.name[5:]), path) for path in folder.glob("step-*") if path.name[5:].isdigit()]
-    for _, path in sorted(numbered, reverse=True):
-        if all(zipfile.is_zipfile(path / name) for name in _FILES_OF_A_CHECKPOINT):
+def _newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that looks whole, or None. Quick: `resume` looks at every byte."""
+    for path in recovery.numbered(folder):
+        if all(zipfile.is_zipfile(path / name) for name in recovery.FILES_OF_A_CHECKPOINT):
             return path
     return None
 
@@ -95,26 +95,27 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def resume(folder: Path | None, python: str | None, allow_modified: bool) -> int:
     """Go on with a run (by default the newest one here that has not finished) in its own folder.
 
-    Raises UsageError for a run that cannot go on, CloneError if its clone is not what it was.
+    Raises UsageError for a run that cannot go on, RunFolderError if its run.json cannot be read, CloneError if its
+    clone is not what it was.
     """
     folder = folder.absolute() if folder else _newest_unfinished()
-    record = runs.read(folder)
-    if record is None:
+    if runs.read(folder) is None:
         raise UsageError(f"{folder} is not the folder of a run.", "`ambersafe runs` lists them.")
-    if record["status"] == "finished":
-        raise UsageError(f"{folder} has finished.", f"Its checkpoint is {runs.checkpoint(folder)}.")
     with runs.locked(folder):
+        record = runs.read(folder)  # once more: whoever had the lock may have changed it
+        if record is None or record["status"] == "finished":
+            raise UsageError(f"{folder} has finished.", f"Its checkpoint is {runs.checkpoint(folder)}.")
         _check_clone(record["upstream"], allow_modified)
-    command = list(record["command"])
-    command[0] = python or command[0]
-    environment.probe(command[0]).require_packages()
-    checkpoint = newest_checkpoint(folder)
-    if checkpoint:
-        if not record["upstream"]["can_resume"]:
-            raise UsageError("The clone of this run lacks the patch that resumes.", "Start the stage again.")
-        command.append(assign("resume", str(checkpoint)))
-    display.say(f"going on from {checkpoint}" if checkpoint else "no checkpoint was saved: from the beginning")
-    return run(launch.Launch(folder, tuple(command), record["environment"], 1, ()), record)
+        command = list(record["command"])
+        command[0] = python or command[0]
+        environment.probe(command[0]).require_packages()
+        checkpoint = recovery.put_in_order(folder)
+        if checkpoint:
+            if not record["upstream"]["can_resume"]:
+                raise UsageError("The clone of this run lacks the patch that resumes.", "Start the stage again.")
+            command.append(assign("resume", str(checkpoint)))
+        display.say(f"going on from {checkpoint}" if checkpoint else "no checkpoint was saved: from the beginning")
+        return _attempt(launch.Launch(folder, tuple(command), record["environment"], 1, ()), record)
 
 
 def _newest_unfinished() -> Path:
