@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ambersafe_cli import display, records
 from ambersafe_cli.errors import ArchiveError, RunFolderError, UsageError
-
-SCHEMA = 1
-"""The version of run.json's layout; see the README. It goes up when a key changes its meaning or goes away."""
 
 Record = dict[str, Any]
 
@@ -47,35 +45,66 @@ def make(folder: Path) -> None:
     """Make a run's folder. Raises RunFolderError if that cannot be done, UsageError if it holds something already."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise UsageError(f"The run folder {folder} is not empty.", "Give another local_run_dir, or none.")
+        require_empty(folder)
     except OSError as error:
         raise RunFolderError(
             f"Cannot make the run folder {folder}: {error.strerror}", "Run from a folder that you can write."
         ) from error
 
 
+def require_empty(folder: Path) -> None:
+    """Raise UsageError if a run's folder holds something."""
+    if any(folder.iterdir()):
+        raise UsageError(f"The run folder {folder} is not empty.", "Give another local_run_dir, or none.")
+
+
 def write(folder: Path, record: Mapping[str, Any]) -> None:
     """Write run.json, whole or not at all. Raises RunFolderError."""
     temporary = folder / "run.json.new"
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump({"schema": SCHEMA, **record}, file, indent=2, ensure_ascii=False)
+        # A path that is not UTF-8 has code points of its own in Python; their escapes are JSON's.
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            json.dump({"schema": records.SCHEMA, **record}, file, indent=2, ensure_ascii=False)
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(folder / "run.json")
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise RunFolderError(f"Cannot write {folder / 'run.json'}: {error.strerror}") from error
 
 
 def read(folder: Path) -> Record | None:
-    """Read a run's record; None if it has none, or one that is not whole or of another schema."""
+    """Read a run's record; None if it has none.
+
+    Raises RunFolderError for one that cannot be read, is not whole or is of another schema: it is the user's to mend.
+    """
+    path = folder / "run.json"
     try:
-        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        wrong = records.problem(record)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return record if isinstance(record, dict) and record.get("schema") == SCHEMA else None
+    except OSError as error:
+        wrong = f"cannot be read: {error.strerror}"
+    except (ValueError, RecursionError) as error:
+        wrong = f"is cut off, or not JSON: {error}"
+    if wrong:
+        raise RunFolderError(
+            f"{path} {wrong}.",
+            "It is left as it is. What the run has saved lies beside it; put a good run.json there to go on with it.",
+        )
+    return dict(record)
+
+
+def read_or_warn(folder: Path) -> Record | None:
+    """The same, where a damaged record is said and then passed over."""
+    try:
+        return read(folder)
+    except RunFolderError as error:
+        display.warn(f"{error.message} The run is passed over.")
+        return None
 
 
 def host() -> str:
@@ -127,13 +156,13 @@ class Run:
 
 
 def list_runs() -> list[Run]:
-    """The runs of this working folder, the oldest first."""
+    """The runs of this working folder, the oldest first. A run whose record is damaged is said, and not among them."""
     found = []
     for path in folder_of_runs().glob("*/run.json"):
-        if record := read(path.parent):
+        if record := read_or_warn(path.parent):
             died = record["status"] == "running" and not is_running(path.parent)
             found.append(Run(path.parent, record, "died" if died else record["status"]))
-    return sorted(found, key=lambda run: str(run.record["started"]))
+    return sorted(found, key=lambda run: run.record["started"])
 
 
 def newest_finished_sft(model: str, revision: str | None) -> Path:
