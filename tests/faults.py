@@ -26,7 +26,6 @@ _MARK = "AMBERSAFE_TEST_MARK"
 _TRIES = {
     "kill -9 of the writer": (15, 70),
     "full disk under the writer": (8, 40),
-    "full disk under a training": (0, 2),
     "checkpoint cut or with a flipped bit": (12, 60),
     "the same, resumed": (1, 4),
     "run.json damaged": (4, 16),
