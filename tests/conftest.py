@@ -6,10 +6,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import faults
 import pytest
 
-from ambersafe_cli import patches, upstream
+from ambersafe_cli import metrics, patches, upstream
 
 ROOT = Path(__file__).resolve().parent.parent
 FAKE_TRAIN = Path(__file__).with_name("fake_train.py")
@@ -99,6 +101,21 @@ def only_run(work: Path, name: str) -> Path:
     return found
 
 
+def numbers(run: Path) -> dict[tuple[str, int], tuple[Any, ...]]:
+    """Every record of a run by its kind and step, as printed but for the speed, the last where there are two."""
+    found = {}
+    for record in metrics.read_log(run / "train.log").records:
+        values = {k: v for k, v in record.values.items() if k != "examples_per_second"}
+        found[record.kind, record.examples] = tuple(sorted(values.items()))
+    return found
+
+
+def load(path: Path) -> Any:
+    import torch
+
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 _WHY_NO_UPSTREAM: list[str] = []
 
 
@@ -137,6 +154,9 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if faults.TABLE:
+        terminalreporter.write_sep("=", "faults that were injected")
+        terminalreporter.write_line("\n".join(faults.table()))
     if _WHY_NO_UPSTREAM:
         skipped = [r for r in terminalreporter.getreports("skipped") if "cannot be reached" in str(r.longrepr)]
         terminalreporter.write_sep("!", f"{len(skipped)} TESTS AGAINST THE REAL UPSTREAM WERE SKIPPED", red=True)

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Ambersafe, git, only_run, run_ambersafe
+from conftest import Ambersafe, git, numbers, only_run, run_ambersafe
 from test_launch import is_running
 from test_real_upstream import model, rows  # noqa: F401, fixtures
-from test_resume import SETTINGS, kill_with_everything_it_started, numbers, start, wait_for_step
+from test_resume import SETTINGS, kill_with_everything_it_started, start, wait_for_step
 
 from ambersafe_cli import runs, upstream
 

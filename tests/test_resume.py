@@ -10,10 +10,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import only_run, run_ambersafe
+from conftest import load, numbers, only_run, run_ambersafe
 from test_real_upstream import TINY, model, rows  # noqa: F401, fixtures
 
 from ambersafe_cli import metrics
@@ -46,21 +45,6 @@ def kill_with_everything_it_started(child: "subprocess.Popen[bytes]", run: Path)
                 os.kill(int(path.parent.name), signal.SIGKILL)
         except (OSError, ProcessLookupError):
             continue
-
-
-def numbers(run: Path) -> dict[tuple[str, int], tuple[Any, ...]]:
-    """Every record of a run by its kind and step, as printed but for the speed, the last where there are two."""
-    found = {}
-    for record in metrics.read_log(run / "train.log").records:
-        values = {k: v for k, v in record.values.items() if k != "examples_per_second"}
-        found[record.kind, record.examples] = tuple(sorted(values.items()))
-    return found
-
-
-def load(path: Path) -> Any:
-    import torch
-
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 @pytest.fixture(scope="module")

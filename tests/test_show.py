@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ambersafe_cli import patches, runs, show
-from ambersafe_cli.errors import UsageError
+from ambersafe_cli.errors import RunFolderError, UsageError
 
 Train = Any
 
@@ -168,6 +168,7 @@ def mapping(*keys: str, more: dict[str, Any] | None = None) -> st.SearchStrategy
     return st.fixed_dictionaries({}, optional={**dict.fromkeys(keys, any_json), **(more or {})})
 
 
+words = st.lists(st.sampled_from(["python", "a b", "x=1"]), min_size=1, max_size=3)
 keep_best = st.sampled_from(["keep_best=loss/eval", "keep_best=[", "~", "lr=1"])
 records = st.fixed_dictionaries(
     {
@@ -175,22 +176,30 @@ records = st.fixed_dictionaries(
         "stage": st.sampled_from(["sft", "dpo"]) | st.text(),
         "status": st.sampled_from(["running", "finished", "failed", "interrupted"]) | st.text(),
         "started": st.text(),
-        "model": mapping("name", "revision", "commit"),
-    },
-    optional={
-        "ended": st.none() | st.text(),
-        "exit_status": any_json,
+        "model": st.fixed_dictionaries(
+            {"name": st.text(), "revision": st.none() | st.text()}, optional={"commit": any_json}
+        ),
+        "attempts": st.lists(mapping("started", "ended", "host", "exit_status", "pid"), max_size=3),
+        "command": words,
+        "next_command": words,
+        "environment": st.just({}),
         "data": mapping(
             "name",
             "revision",
             "commit",
             more={
-                "counts": mapping(
-                    more={"train": mapping("rows", "prompts", "pairs"), "test": mapping("rows", "prompts", "pairs")}
-                ),
+                "counts": mapping(more={split: mapping("rows", "prompts", "pairs") for split in ("train", "test")}),
                 "fingerprint": mapping("train", "test"),
             },
         ),
+        "upstream": st.fixed_dictionaries(
+            {"folder": st.just("/clone"), "head": st.text(), "edited": st.lists(any_json), "can_resume": st.booleans()},
+            optional=dict.fromkeys(("base", "on_top", "patches", "series"), any_json),
+        ),
+    },
+    optional={
+        "ended": st.none() | st.text(),
+        "exit_status": any_json,
         "sft_run": any_json,
         "archive": any_json,
         "archive_fingerprint": any_json,
@@ -198,12 +207,8 @@ records = st.fixed_dictionaries(
         "recipe": mapping("source", more={"values": mapping(more={"sft": any_json, "dpo": mapping("lr")})}),
         "values": mapping("lr", "model.archive", more={"keep_best": st.just("loss/eval") | any_json}),
         "overrides": st.lists(keep_best | any_json, max_size=3),
-        "attempts": st.lists(mapping("started", "ended", "host", "exit_status", "pid"), max_size=3),
-        "command": st.lists(any_json, max_size=3),
-        "next_command": st.lists(any_json, max_size=3),
         "last_metrics": mapping("loss/eval", "rewards_eval/accuracies"),
         "preflight": st.lists(mapping("level", "what") | any_json, max_size=3) | any_json,
-        "upstream": mapping("head", "base", "edited", "on_top", "patches", "series"),
         "python": mapping("version", "packages", "gpus"),
         "machine": mapping("system", "machine", "cpus"),
         "variables": mapping("LANG"),
@@ -227,7 +232,7 @@ def test_no_record_that_can_be_read_is_fatal(record: dict[str, Any], other: dict
             (folder / step).mkdir()
             (folder / step / "metrics.json").write_text(json.dumps(record.get("last_metrics")))
         (folder / "run.json").write_text(json.dumps(record))
-        is_read = runs.read(folder) is not None
+        is_read = runs.read_or_warn(folder) is not None
         stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace")
         with contextlib.redirect_stdout(stdout):
             show.table(as_json=False)
@@ -236,18 +241,20 @@ def test_no_record_that_can_be_read_is_fatal(record: dict[str, Any], other: dict
                 if is_read:
                     show.run(None, as_json)
                 else:
-                    with pytest.raises(UsageError):
+                    with pytest.raises(RunFolderError):
                         show.run("run", as_json)
 
 
 @settings(deadline=None)
 @given(st.binary() | any_json.map(lambda value: json.dumps(value).encode()))
-def test_a_file_that_is_no_record_is_none(content: bytes) -> None:
+def test_a_file_that_is_no_record_is_an_error(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "run.json").write_bytes(content)
-        assert runs.read(Path(folder)) is None
+        with pytest.raises(RunFolderError):
+            runs.read(Path(folder))
 
 
-def test_a_record_that_is_nested_without_end_is_none(tmp_path: Path) -> None:
+def test_a_record_that_is_nested_without_end_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"schema": 1, "stage": ' + "[" * 100_000)
-    assert runs.read(tmp_path) is None
+    with pytest.raises(RunFolderError):
+        runs.read(tmp_path)

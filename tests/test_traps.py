@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import only_run, run_ambersafe
+from conftest import load, only_run, run_ambersafe
 from test_preflight import Check, rows, write
 from test_real_upstream import model  # noqa: F401, a fixture
-from test_resume import kill_with_everything_it_started, load, start, wait_for_step
+from test_resume import kill_with_everything_it_started, start, wait_for_step
 
 from ambersafe_cli import metrics, runs
 

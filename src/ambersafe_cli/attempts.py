@@ -17,6 +17,7 @@ from ambersafe_cli import (
     metrics,
     patches,
     provenance,
+    recovery,
     runs,
     upstream,
     worktrees,
@@ -25,20 +26,28 @@ from ambersafe_cli.errors import CloneError, NoCheckpointError, RunFolderError, 
 from ambersafe_cli.overrides import assign
 
 STOPPING = "stopping: a checkpoint is saved when this step has ended; once more (Ctrl-C) stops at once"
-_FILES_OF_A_CHECKPOINT = ("policy.pt", "optimizer.pt", "scheduler.pt")
 
 
-def run(plan: launch.Launch, record: runs.Record, also: Mapping[str, Any] | None = None) -> int:
-    """Run train.py to its end, keep run.json up to date, and return the exit status.
+def run(plan: launch.Launch, record: runs.Record) -> int:
+    """Run a new run's train.py to its end, keep run.json up to date, and return the exit status.
 
-    `record` is that of earlier attempts, or what a new run's says of what is trained; `also` is what there is to say of
-    this attempt alone.
-    Raises RunFolderError, UsageError if another process has the run, NoCheckpointError if nothing is left of it.
+    `record` is what run.json says of what is trained.
+    Raises RunFolderError, UsageError if another process has the folder, NoCheckpointError if nothing is left of it.
+    """
+    with runs.locked(plan.run_folder):
+        runs.require_empty(plan.run_folder)  # another run may have been here since it was made
+        return _attempt(plan, record)
+
+
+def _attempt(plan: launch.Launch, record: runs.Record, also: Mapping[str, Any] | None = None) -> int:
+    """The same for each attempt, with the record of earlier ones; `also` is what there is to say of this attempt alone.
+
+    Only for who has the run's lock.
     """
     folder = plan.run_folder
-    with runs.locked(folder), upstream.in_use(plan.clone):
+    with upstream.in_use(plan.clone):
         runs.take_stop_request(folder)  # one that came after an earlier attempt had ended
-        earlier = (runs.read(folder) or record).get("attempts") or []  # another process may have made one just now
+        earlier = record.get("attempts") or []
         number = len(earlier) + 1
         started = {"started": runs.now(), "host": runs.host(), "pid": os.getpid(), "command": list(plan.argv)}
         started |= also or {}
@@ -47,9 +56,9 @@ def run(plan: launch.Launch, record: runs.Record, also: Mapping[str, Any] | None
         runs.write(folder, record)
         display.say(f"run folder: {folder}")
         log_file = folder / "train.log"
-        if number > 1:
-            metrics.begin_attempt(log_file, number)
         try:
+            if number > 1:
+                metrics.begin_attempt(log_file, number)
             outcome = launch.run(plan, log_file, lambda: display.say(STOPPING), lambda: runs.take_stop_request(folder))
         except BaseException:
             runs.write(folder, {**record, "status": "failed", "ended": runs.now()})
@@ -85,10 +94,8 @@ def _end(folder: Path, record: runs.Record, outcome: launch.Outcome) -> int:
     else:
         how = "was stopped" if outcome.interrupted else f"failed with exit status {outcome.exit_status}"
         display.say(f"{record['stage']} {how}; its output is in {folder / 'train.log'}")
-        if newest_checkpoint(folder):
-            display.say(
-                f"to go on from {newest_checkpoint(folder)}: {shlex.join(['ambersafe', 'resume', str(folder)])}"
-            )
+        if checkpoint := _newest_checkpoint(folder):
+            display.say(f"to go on from {checkpoint}: {shlex.join(['ambersafe', 'resume', str(folder)])}")
     return outcome.exit_status
 
 
@@ -101,13 +108,10 @@ def _show_end(folder: Path, record: runs.Record, log: metrics.Log) -> None:
     display.say(f"next: {shlex.join(record['next_command'])}")
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a run that can be resumed from, or None. One that is cut off is passed over.
-
-    Only a whole checkpoint has its name; but a clone without the patch that sees to it may have written this one.
-    """
+def _newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that looks whole, or None. Quick: `resume` looks at every byte."""
     for path in runs.steps(folder):
-        if all(zipfile.is_zipfile(path / name) for name in _FILES_OF_A_CHECKPOINT):
+        if all(zipfile.is_zipfile(path / name) for name in recovery.FILES_OF_A_CHECKPOINT):
             return path
     return None
 
@@ -115,36 +119,37 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def resume(name: str | None, python: str | None, allow_modified: bool, detach: bool) -> int:
     """Go on with a run, by its folder or name (by default the newest one here that has not finished), where it is.
 
-    Raises UsageError for a run that cannot go on, CloneError if the series that it was started with is gone.
+    Raises UsageError for a run that cannot go on, RunFolderError if its run.json cannot be read, CloneError if the
+    series that it was started with is gone.
     """
     folder = runs.find(name) if name is not None else _newest_unfinished()
-    record = runs.read(folder)
-    if record is None:
-        raise UsageError(f"{folder} is not the folder of a run.", "`ambersafe runs` lists them.")
-    if record["status"] == "finished":
-        raise UsageError(f"{folder} has finished.", f"Its checkpoint is {runs.checkpoint(folder)}.")
-    with runs.locked(folder):
-        clone = recorded_clone(record["upstream"], allow_modified)
-    command = command_in(record, clone, folder, python)
-    child = environment.probe(command[0])
-    child.require_packages()
-    checkpoint = newest_checkpoint(folder)
-    if checkpoint:
-        if not record["upstream"]["can_resume"]:
-            raise UsageError("The clone of this run lacks the patch that resumes.", "Start the stage again.")
-        command.append(assign("resume", str(checkpoint)))
     if detach:
         return control.detach(folder, python, allow_modified)
-    if record["attempts"]:
-        display.say(f"going on from {checkpoint}" if checkpoint else "no checkpoint was saved: from the beginning")
-    state = upstream.inspect(clone, patches.read_series())
-    also = {
-        "python": provenance.of_python(child),
-        "variables": provenance.of_variables(),
-        "allow_modified": allow_modified,
-        "upstream": {"folder": str(clone), "head": state.head, "tree": state.tree, "edited": list(state.edited)},
-    }
-    return run(launch.Launch(folder, clone, tuple(command), record["environment"], 1, ()), record, also)
+    with runs.locked(folder):
+        record = runs.read(folder)  # only now: whoever had the lock may have changed it
+        if record is None:
+            raise UsageError(f"{folder} is not the folder of a run.", "`ambersafe runs` lists them.")
+        if record["status"] == "finished":
+            raise UsageError(f"{folder} has finished.", f"Its checkpoint is {runs.checkpoint(folder)}.")
+        clone = recorded_clone(record["upstream"], allow_modified)
+        command = command_in(record, clone, folder, python)
+        child = environment.probe(command[0])
+        child.require_packages()
+        checkpoint = recovery.put_in_order(folder)
+        if checkpoint:
+            if not record["upstream"]["can_resume"]:
+                raise UsageError("The clone of this run lacks the patch that resumes.", "Start the stage again.")
+            command.append(assign("resume", str(checkpoint)))
+        if record["attempts"]:
+            display.say(f"going on from {checkpoint}" if checkpoint else "no checkpoint was saved: from the beginning")
+        state = upstream.inspect(clone, patches.read_series())
+        also = {
+            "python": provenance.of_python(child),
+            "variables": provenance.of_variables(),
+            "allow_modified": allow_modified,
+            "upstream": {"folder": str(clone), "head": state.head, "tree": state.tree, "edited": list(state.edited)},
+        }
+        return _attempt(launch.Launch(folder, clone, tuple(command), record["environment"], 1, ()), record, also)
 
 
 def _newest_unfinished() -> Path:

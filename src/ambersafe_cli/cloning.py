@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import os
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 import git
 from git.util import CallableRemoteProgress
 
-from ambersafe_cli.errors import CloneError, SourceError
+from ambersafe_cli.errors import CloneError, GitError, SourceError
 from ambersafe_cli.patches import Patch
 from ambersafe_cli.upstream import (
     BASE_REF,
@@ -108,6 +109,11 @@ def set_up(folder: Path, wanted: Wanted, force: bool, progress: Progress) -> Set
             return SetupResult(inspect(folder, wanted.series), changed=True, saved=saved)
     except OSError as error:
         raise CloneError(f"Cannot write {folder}: {error.strerror or error}", "Choose another with --dir.") from error
+    except (GitError, SourceError) as error:
+        if not error.hint and folder.exists():
+            aside = shlex.join(["mv", str(folder), f"{folder}.damaged"])
+            error.hint = f"If the clone is damaged, move it aside, `{aside}`, and run ambersafe setup again."
+        raise
 
 
 def _move_aside(path: Path) -> Path:
@@ -169,24 +175,30 @@ def _find_commit(repo: git.Repo, commit: str, url: str) -> str:
             if has_commit(repo, name):
                 return str(repo.git.rev_parse(f"{name}^{{commit}}"))
     url = without_secrets(url)
-    raise SourceError(f"{url} has no commit {commit}.", f"Leave --commit away to take {PINNED_COMMIT[:12]}.")
+    hint = "" if commit == PINNED_COMMIT else f"Leave --commit away to take {PINNED_COMMIT[:12]}."
+    raise SourceError(f"{url} has no commit {commit}.", hint)
 
 
 def _update(repo: git.Repo, folder: Path, wanted: Wanted, force: bool, progress: Progress) -> SetupResult:
     state = inspect_repository(repo, folder, wanted.series)
     saved: tuple[str, ...] = ()
-    if was_interrupted := _marker(repo).exists():
-        saved = _finish_checkout(repo, state)
+    if interrupted := _interrupted_checkout(repo):
+        saved = _finish_checkout(repo, state, *interrupted)
         state = inspect_repository(repo, folder, wanted.series)
     base = wanted.commit if state.base == wanted.commit else _find_commit(repo, wanted.commit, state.url or str(folder))
     if state.is_exactly(base, wanted.patches):
-        return SetupResult(state, changed=was_interrupted, saved=saved)
+        return SetupResult(state, changed=bool(interrupted), saved=saved)
 
     require_unused(repo, folder)
     if any(Path(repo.git_dir, name).exists() for name in _IN_THE_MIDDLE):
         raise CloneError(
             f"{folder} is in the middle of a git am, rebase, merge, cherry-pick or revert.",
             f"Finish or abort it: `git -C {folder} status`.",
+        )
+    if (lock := Path(repo.git_dir, "index.lock")).exists():  # git stash would fail without a word
+        raise CloneError(
+            f"{folder} is locked: another git works in it, or one was killed and left {lock}.",
+            f"If no other git runs: `{shlex.join(['rm', str(lock)])}`, then run ambersafe setup again.",
         )
     if not force:
         _refuse_to_lose(state, base)
@@ -238,12 +250,22 @@ def _check_out(repo: git.Repo, target: str, base: str) -> None:
     marker.unlink()
 
 
-def _finish_checkout(repo: git.Repo, state: CloneState) -> tuple[str, ...]:
+def _interrupted_checkout(repo: git.Repo) -> tuple[str, str] | None:
+    """The commit and the base that the marker names; None without one, and for one that is damaged: it is no help."""
+    if not _marker(repo).exists():
+        return None
+    found = re.fullmatch(r"([0-9a-f]{40}) ([0-9a-f]{40})", _marker(repo).read_text(errors="replace"))
+    if not found or not all(has_commit(repo, commit) for commit in found.groups()):
+        _marker(repo).unlink()
+        return None
+    return found[1], found[2]
+
+
+def _finish_checkout(repo: git.Repo, state: CloneState, target: str, base: str) -> tuple[str, ...]:
     """Bring a checkout to its end that was killed, and say where it kept commits that the user has made since.
 
     Raises CloneError if the user has edited files since.
     """
-    target, base = _marker(repo).read_text().split()
     for lock in ("index.lock", "HEAD.lock", f"refs/heads/{BRANCH}.lock", f"{BASE_REF}.lock"):
         Path(repo.git_dir, lock).unlink(missing_ok=True)
     files = (*state.edited, *changed_files(repo, "--diff-filter=A", "HEAD", target))

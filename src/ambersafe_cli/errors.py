@@ -82,10 +82,10 @@ class TrainingEnvironmentError(AmberSafeError):
 
 
 class RunFolderError(AmberSafeError):
-    """The run folder cannot be made or written."""
+    """The run folder cannot be made, read or written."""
 
     exit_status = 74
-    kind = "the run folder cannot be made or written"
+    kind = "the run folder cannot be made, read or written"
 
 
 class PreflightError(AmberSafeError):

@@ -2,6 +2,8 @@
 
 import contextlib
 import ctypes
+import functools
+import io
 import os
 import shlex
 import signal
@@ -13,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO, TYPE_CHECKING, BinaryIO
+from typing import IO, TYPE_CHECKING
 
 from ambersafe_cli.environment import TrainingEnvironment
 from ambersafe_cli.errors import RunFolderError, UsageError
@@ -123,7 +125,7 @@ def run(launch: Launch, log: Path, on_signal: Callable[[], None], is_stop_asked:
     mark = f"{launch.run_folder}:{os.getpid()}"
     environment = {**os.environ, **launch.environment, _MARK: mark}
     try:
-        log_file = log.open("ab")
+        log_file = log.open("ab", buffering=0)
     except OSError as error:
         raise RunFolderError(f"Cannot write {log}: {error.strerror}") from error
     with log_file, _signals() as received:
@@ -134,7 +136,7 @@ def run(launch: Launch, log: Path, on_signal: Callable[[], None], is_stop_asked:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,  # a Ctrl-C of the terminal reaches us alone, and we pass it on
-            preexec_fn=_end_with_parent,
+            preexec_fn=functools.partial(_end_with_parent, os.getpid()),
         )
         assert child.stdout and child.stderr  # noqa: S101, for mypy: both are pipes
         write_log = _line_writer(log_file)
@@ -156,10 +158,12 @@ def run(launch: Launch, log: Path, on_signal: Callable[[], None], is_stop_asked:
     return Outcome(status if status >= 0 else 128 - status, interrupted=False)
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(parent: int) -> None:
     """Have Linux send SIGTERM to this process when the one that started it has gone, be it by kill -9."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it went before we asked
+        os._exit(128 + signal.SIGTERM)
 
 
 @contextlib.contextmanager
@@ -250,14 +254,14 @@ def _marked(mark: str) -> list[int]:
     return found
 
 
-def _line_writer(log: BinaryIO) -> Callable[[bytes], None]:
-    """Return a function that the two pumps share: it appends to the log, and flushes it for who reads along."""
+def _line_writer(log: io.FileIO) -> Callable[[bytes], None]:
+    """Return a function that the two pumps share: it appends to the log, which has no buffer, for who reads along."""
     lock = threading.Lock()
 
     def write(data: bytes) -> None:
         with lock, contextlib.suppress(OSError, ValueError):  # a full disk must not stop the pump, or the child hangs
-            log.write(data)
-            log.flush()
+            while data:
+                data = data[log.write(data) :]
 
     return write
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from ambersafe_cli.errors import RunFolderError
+
 # Upstream, trainers.py: "train stats after N examples: {...}", "eval after N: {...}"; the floats in them are strings.
 _STATS = re.compile(r"(?P<kind>train stats|eval) after (?P<examples>\d+)(?: examples)?: (?P<values>\{.*\})")
 # Patches 0001 and 0006.
@@ -14,6 +16,7 @@ _RESOLVED = re.compile(r"resolved (?P<what>model|dataset) (?P<name>.+) to revisi
 
 
 _ATTEMPT = "=== ambersafe: attempt "
+_ATTEMPT_LINE = re.compile(rf"{_ATTEMPT}(\d{{1,9}})$")
 
 
 @dataclass(frozen=True)
@@ -50,15 +53,19 @@ def parse_line(line: str) -> Record | None:
     try:
         printed = ast.literal_eval(match["values"])
         values = {str(key): float(value) for key, value in printed.items()}
-    except (ValueError, SyntaxError, TypeError, AttributeError, MemoryError, RecursionError):
+        examples = int(match["examples"])
+    except (ValueError, SyntaxError, TypeError, AttributeError, MemoryError, RecursionError, OverflowError):
         return None
-    return Record("eval" if match["kind"] == "eval" else "train", int(match["examples"]), values)
+    return Record("eval" if match["kind"] == "eval" else "train", examples, values)
 
 
 def begin_attempt(log: Path, number: int) -> None:
-    """Mark, in a run's log, that what follows comes from a further attempt."""
-    with log.open("a", encoding="utf-8") as file:
-        file.write(f"\n{_ATTEMPT}{number}\n")
+    """Mark, in a run's log, that what follows comes from a further attempt. Raises RunFolderError."""
+    try:
+        with log.open("a", encoding="utf-8") as file:
+            file.write(f"\n{_ATTEMPT}{number}\n")
+    except OSError as error:
+        raise RunFolderError(f"Cannot write {log}: {error.strerror}") from error
 
 
 def parse(lines: Iterable[str]) -> Log:
@@ -67,8 +74,8 @@ def parse(lines: Iterable[str]) -> Log:
     commits: dict[str, str] = {}
     attempt = 1
     for line in lines:
-        if line.startswith(_ATTEMPT):
-            attempt = int(line.removeprefix(_ATTEMPT).strip() or 1)
+        if match := _ATTEMPT_LINE.match(line):
+            attempt = int(match[1])
         elif record := parse_line(line):
             records.append(replace(record, attempt=attempt))
         elif match := _RESOLVED.search(line):

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import difflib
+import errno
 import fcntl
 import getpass
 import json
@@ -14,10 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ambersafe_cli import display, records
 from ambersafe_cli.errors import ArchiveError, RunFolderError, UsageError
-
-SCHEMA = 1
-"""The version of run.json's layout; see the README. It goes up when a key changes its meaning or goes away."""
 
 Record = dict[str, Any]
 
@@ -49,57 +48,68 @@ def make(folder: Path) -> None:
     """Make a run's folder. Raises RunFolderError if that cannot be done, UsageError if it holds something already."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise UsageError(f"The run folder {folder} is not empty.", "Give another local_run_dir, or none.")
+        require_empty(folder)
     except OSError as error:
         raise RunFolderError(
             f"Cannot make the run folder {folder}: {error.strerror}", "Run from a folder that you can write."
         ) from error
 
 
+def require_empty(folder: Path) -> None:
+    """Raise UsageError if a run's folder holds something."""
+    if any(folder.iterdir()):
+        raise UsageError(f"The run folder {folder} is not empty.", "Give another local_run_dir, or none.")
+
+
 def write(folder: Path, record: Mapping[str, Any]) -> None:
     """Write run.json, whole or not at all. Raises RunFolderError."""
     temporary = folder / "run.json.new"
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(_as_json({"schema": SCHEMA, **record}) + "\n")
+        # A path that is not UTF-8 has code points of its own in Python; their escapes are JSON's.
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            json.dump({"schema": records.SCHEMA, **record}, file, indent=2, ensure_ascii=False)
+            file.write("\n")
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(folder / "run.json")
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise RunFolderError(f"Cannot write {folder / 'run.json'}: {error.strerror}") from error
 
 
-def _as_json(record: Mapping[str, Any]) -> str:
-    """Texts as they stand, or escaped if one is no UTF-8, as the name of a folder may be."""
-    text = json.dumps(record, indent=2, ensure_ascii=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return json.dumps(record, indent=2)
-    return text
-
-
-# What the other modules rely on; the keys of the first line are in every record.
-_KINDS: dict[str, type] = {
-    "stage": str, "status": str, "started": str, "model": dict,
-    "ended": str, "data": dict, "upstream": dict, "recipe": dict, "values": dict, "environment": dict,
-    "command": list, "next_command": list, "overrides": list, "attempts": list, "last_metrics": dict,
-}  # fmt: skip
-_REQUIRED = ("stage", "status", "started", "model")
-
-
 def read(folder: Path) -> Record | None:
-    """Read a run's record; None if it has none, or one that is not whole, of another schema, or no record of ours."""
+    """Read a run's record; None if it has none.
+
+    Raises RunFolderError for one that cannot be read, is not whole or is of another schema: it is the user's to mend.
+    """
+    path = folder / "run.json"
     try:
-        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        wrong = records.problem(record)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # not even a folder
+            return None
+        wrong = f"cannot be read: {error.strerror}"
+    except (ValueError, RecursionError) as error:
+        wrong = f"is cut off, or not JSON: {error}"
+    if wrong:
+        raise RunFolderError(
+            f"{path} {wrong}.",
+            "It is left as it is. What the run has saved lies beside it; put a good run.json there to go on with it.",
+        )
+    return dict(record)
+
+
+def read_or_warn(folder: Path) -> Record | None:
+    """The same, where a damaged record is said and then passed over."""
+    try:
+        return read(folder)
+    except RunFolderError as error:
+        display.warn(f"{error.message} The run is passed over.")
         return None
-    is_ours = all(record.get(key) is None or isinstance(record[key], kind) for key, kind in _KINDS.items())
-    is_ours = is_ours and all(record.get(key) is not None for key in _REQUIRED)
-    return record if is_ours and all(isinstance(each, dict) for each in record.get("attempts") or ()) else None
 
 
 def host() -> str:
@@ -173,8 +183,8 @@ class Run:
 
 
 def look(folder: Path) -> Run | None:
-    """The run in a folder, with its status of now; None if `read` finds no record there."""
-    record = read(folder)
+    """The run in a folder, with its status of now; None if it has no record, or a damaged one, which is said."""
+    record = read_or_warn(folder)
     if record is None:
         return None
     died = record["status"] == "running" and not is_running(folder)
@@ -219,10 +229,10 @@ def find(text: str) -> Path:
     )
 
 
-def steps(folder: Path) -> list[Path]:
-    """The step-N checkpoints of a run, the newest first, whole or not."""
-    numbered = [(int(path.name[5:]), path) for path in folder.glob("step-*") if path.name[5:].isdecimal()]
-    return [path for _, path in sorted(numbered, reverse=True)]
+def steps(folder: Path, suffix: str = "") -> list[Path]:
+    """The checkpoints `step-N` of a run, whole or not, or its folders `step-N<suffix>`, the newest first."""
+    found = {path: path.name.removeprefix("step-").removesuffix(suffix) for path in folder.glob(f"step-*{suffix}")}
+    return sorted((path for path, n in found.items() if n.isdecimal()), key=lambda path: -int(found[path]))
 
 
 def newest_finished_sft(model: str, revision: str | None) -> Path:

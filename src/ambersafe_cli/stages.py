@@ -253,7 +253,7 @@ def _archive(stage: recipes.Stage, flag: Path | None) -> tuple[Path, Path | None
             path = path / "policy.pt" if (path / "policy.pt").is_file() else runs.checkpoint(path)
         if not path.is_file():
             raise ArchiveError(f"There is no checkpoint {path}.", "--archive takes a policy.pt, or a run's folder.")
-        record = runs.read(path.parent.parent)
+        record = runs.read_or_warn(path.parent.parent)
         return path, path.parent.parent if record and record["stage"] == "sft" else None
     revision = stage.get("model.revision")
     run = runs.newest_finished_sft(stage.model, str(revision) if revision else None)

@@ -1,0 +1,66 @@
+"""Whether what torch.save wrote is still as it was written. Without torch: the file is a zip archive, not compressed.
+
+Together with the CRC-32 of each member this covers every byte that torch.load goes by: a test flips them one by one.
+"""
+
+import struct
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+# What the end of an archive says of its directory, in a record of 16 and 32 bits and, always with torch, one of 64.
+_END = struct.Struct("<4s4H2LH")
+_END_64 = struct.Struct("<4sQ2H2L4Q")
+_LOCATOR_64 = struct.Struct("<4sLQL")
+# An entry of the directory, and the lengths of its name, extra field and comment in it.
+_ENTRY_SIZE, _LENGTHS, _LENGTHS_AT = 46, struct.Struct("<3H"), 28
+_FLAGS = 0x0808  # names in UTF-8, sizes behind the data
+
+
+def damage(path: Path) -> str | None:
+    """Why a file of torch.save's is not as it was written: missing, cut off, or a byte is another. None if it is whole.
+
+    It reads the whole file, at the speed of the disk or of CRC-32, which the archive holds of each of its members.
+    """
+    try:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            _require_sound_directory(file, archive.infolist())
+            bad = archive.testzip()
+    except FileNotFoundError:
+        return "it is missing"
+    except Exception as error:  # what the reader of a zip archive raises for arbitrary bytes is nowhere written down
+        return f"it is cut off or damaged ({error or type(error).__name__})"
+    return f"a byte of it is not what was written ({bad})" if bad else None
+
+
+def _require_sound_directory(file: BinaryIO, members: Sequence[zipfile.ZipInfo]) -> None:
+    """Raise BadZipFile where the archive's directory contradicts itself: zipfile overlooks what torch.load does not."""
+    file.seek(-_END.size, 2)
+    end_at = file.tell()
+    signature, disk, first_disk, here, count, size, offset, comment = _END.unpack(file.read())
+    sound = signature == b"PK\5\6" and (disk, first_disk, comment) == (0, 0, 0) and here == count
+    directory_end = end_at
+    file.seek(max(end_at - _LOCATOR_64.size, 0))
+    if (locator := file.read(_LOCATOR_64.size)).startswith(b"PK\6\7"):  # the fields of 32 bits say nothing then
+        directory_end = end_at - _LOCATOR_64.size - _END_64.size
+        file.seek(max(directory_end, 0))
+        end_64 = _END_64.unpack(file.read(_END_64.size))
+        sound = sound and _LOCATOR_64.unpack(locator)[1:] == (0, directory_end, 1)
+        sound = sound and (end_64[0], end_64[1], *end_64[4:6]) == (b"PK\6\6", _END_64.size - 12, 0, 0)
+        sound = sound and all(
+            small in (large, most)
+            for small, large, most in zip(
+                (here, count, size, offset), end_64[6:], (0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF), strict=True
+            )
+        )
+        here, count, size, offset = end_64[6:]
+    sound = sound and here == count == len({m.filename for m in members}) and offset + size == directory_end
+    file.seek(offset if sound else 0)
+    directory = file.read(size if sound else 0)
+    walked = 0
+    for _ in members:
+        walked += _ENTRY_SIZE + sum(_LENGTHS.unpack_from(directory, walked + _LENGTHS_AT)) if walked < size else 0
+    plain = all(m.compress_size == m.file_size and not (m.comment or m.volume or m.external_attr) for m in members)
+    if not (sound and plain and walked == size) or any(m.flag_bits & ~_FLAGS for m in members):
+        raise zipfile.BadZipFile("its directory contradicts itself")

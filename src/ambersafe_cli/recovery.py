@@ -1,0 +1,45 @@
+"""What a run's folder holds after a kill, a full disk or a bad one: put in order, before the run goes on."""
+
+import shutil
+from pathlib import Path
+
+from ambersafe_cli import display, integrity, runs
+from ambersafe_cli.errors import RunFolderError
+
+FILES_OF_A_CHECKPOINT = ("policy.pt", "optimizer.pt", "scheduler.pt")
+
+
+def put_in_order(run: Path) -> Path | None:
+    """Bring a run's folder to where train.py can go on, and return the newest checkpoint that is whole, or None.
+
+    What a killed save or deletion left goes away. A checkpoint that is damaged is renamed and said: under its own name
+    it would count as one of the newest, and whole ones would be deleted for it. Reads the checkpoint that it returns.
+    Raises RunFolderError. Only for who has the run's lock.
+    """
+    try:
+        _finish_what_was_cut_short(run)
+        for path in runs.steps(run):
+            damage = {name: integrity.damage(path / name) for name in FILES_OF_A_CHECKPOINT}
+            if not any(damage.values()):
+                return path
+            why = "; ".join(f"{name}: {said}" for name, said in damage.items() if said)
+            display.warn(f"{path} is not whole, and is kept as {_rename_damaged(path).name}: {why}")
+    except OSError as error:
+        raise RunFolderError(f"Cannot put {run} in order: {error}", "Mend that, then resume again.") from error
+    return None
+
+
+def _finish_what_was_cut_short(run: Path) -> None:
+    for path in [*runs.steps(run, ".old"), run / "LATEST.old"]:
+        # Two renames put a new checkpoint in the place of one by the same name; in between there is only the old one.
+        if path.is_dir() and not path.with_suffix("").exists():
+            path.rename(path.with_suffix(""))
+    leftovers = [path for suffix in (".old", ".partial", ".deleted") for path in runs.steps(run, suffix)]
+    for path in (*leftovers, run / "LATEST.old", run / "LATEST.partial"):
+        if path.is_dir():
+            shutil.rmtree(path)
+
+
+def _rename_damaged(path: Path) -> Path:
+    names = (path.with_name(f"{path.name}.damaged{n or ''}") for n in range(1_000_000))
+    return path.rename(next(name for name in names if not name.exists()))
