@@ -10,7 +10,7 @@ from conftest import Ambersafe, make_repository
 
 from ambersafe_cli import __version__
 
-COMMANDS = ("setup", "sft", "dpo", "resume", "runs", "data", "status", "recipes", "demo")
+COMMANDS = ("setup", "sft", "dpo", "resume", "runs", "data", "prefetch", "status", "recipes", "demo")
 HEAVY = {"torch", "transformers", "datasets", "git", "numpy", "pyarrow", "pandas", "hydra", "omegaconf", "wandb"}
 
 
