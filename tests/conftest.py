@@ -13,6 +13,8 @@ import pytest
 
 from ambersafe_cli import metrics, patches, upstream
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # here, as huggingface_hub reads it when it is imported, by whatever test
+
 ROOT = Path(__file__).resolve().parent.parent
 FAKE_TRAIN = Path(__file__).with_name("fake_train.py")
 
@@ -26,7 +28,6 @@ def surroundings_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)
     os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf_home"))
-    os.environ["HF_HUB_OFFLINE"] = "1"
     for variable in ("AMBERSAFE_UPSTREAM_DIR", "SAFERLHF_DATASET", "SAFERLHF_REVISION", "CUDA_VISIBLE_DEVICES"):
         os.environ.pop(variable, None)
 

@@ -173,6 +173,10 @@ def test_shapes_are_those_that_torch_and_transformers_see(model: Path, tmp_path:
     loaded = transformers.AutoModelForCausalLM.from_pretrained(model)
     shapes = {name: tuple(tensor.shape) for name, tensor in loaded.state_dict().items()}
     assert checkpoints.model_shapes(model) == shapes
+    loaded.save_pretrained(tmp_path / "sharded", max_shard_size="500KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    shutil.copy(model / "model.safetensors", tmp_path / "sharded" / "consolidated.safetensors")
+    assert checkpoints.model_shapes(tmp_path / "sharded") == shapes
     assert checkpoints.policy_shapes(save(tmp_path / "policy.pt", loaded.state_dict())) == shapes
     assert checkpoints.parameters(shapes) == loaded.num_parameters()
 

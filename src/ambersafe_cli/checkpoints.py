@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ambersafe_cli.errors import ArchiveError
+from ambersafe_cli.hub import shards
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -93,7 +94,7 @@ def fingerprint(path: Path) -> str | None:
 def model_shapes(folder: Path) -> Shapes | None:
     """The shape of each tensor in a model's safetensors files; None without any. Raises ArchiveError for a bad one."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in _weights(folder):
         try:
             with path.open("rb") as file:
                 (length,) = struct.unpack("<Q", file.read(8))
@@ -104,6 +105,17 @@ def model_shapes(folder: Path) -> Shapes | None:
             ) from error
         shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
     return shapes or None
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The safetensors files that transformers loads from a folder; others, as consolidated.safetensors, are not it."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file() or not index.is_file():
+        return [whole] if whole.is_file() else []
+    try:
+        return [folder / name for name in shards(index)]
+    except (OSError, ValueError) as error:
+        raise ArchiveError(f"{index} is not a whole index: {error}", "Download the model again.") from error
 
 
 def parameters(shapes: Shapes) -> int:

@@ -279,6 +279,26 @@ def data(
 
 
 @app.command()
+def prefetch(
+    recipe: RecipeName = "ambersafe",
+    model: Model = None,
+    model_revision: ModelRevision = None,
+    data: Data = None,
+    data_revision: DataRevision = None,
+    python: Python = sys.executable,
+    as_json: Json = False,
+    overrides: Overrides = None,
+) -> None:
+    """Fill the Hugging Face cache with what both stages read, for a node without a network."""
+    from ambersafe_cli import prefetch
+    from ambersafe_cli import recipe as recipes
+
+    names = {"model.name_or_path": model, "model.revision": model_revision}
+    values = {key: value for key, value in names.items() if value is not None}
+    prefetch.run(recipe, recipes.Flags(values, data, data_revision), overrides or (), python, as_json)
+
+
+@app.command()
 def status(folder: Clone = DEFAULT_CLONE, python: Python = sys.executable, as_json: Json = False) -> None:
     """Show the clone, its patches, and the training environment."""
     from ambersafe_cli import reports

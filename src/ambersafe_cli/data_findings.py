@@ -11,6 +11,7 @@ from ambersafe_cli.findings import Finding
 
 if TYPE_CHECKING:
     from ambersafe_cli.environment import TrainingEnvironment
+    from ambersafe_cli.hub import Source
     from ambersafe_cli.recipe import Stage
 
 SAMPLE = 20_000
@@ -21,13 +22,13 @@ _SAFERLHF = Path(__file__).parent / "saferlhf.py"
 
 
 def look_at_data(
-    stage: "Stage", environment: "TrainingEnvironment", config: Mapping[str, Any], model: Path | None
+    stage: "Stage", environment: "TrainingEnvironment", config: Mapping[str, Any], tokenizer: "Source"
 ) -> dict[str, Any]:
     """Have the training interpreter count and measure the rows; see children/look_at_data.py."""
     request = {
         "saferlhf": str(_SAFERLHF),
-        "tokenizer": str(config.get("model.tokenizer_name_or_path") or model or stage.model),
-        "revision": stage.get("model.revision"),
+        "tokenizer": tokenizer.name,
+        "revision": tokenizer.revision,
         "stage": stage.name,
         "max_length": config["max_length"],
         "max_prompt_length": config["max_prompt_length"],

@@ -100,3 +100,10 @@ class NoCheckpointError(AmberSafeError):
 
     exit_status = 75
     kind = "`train.py` ended with exit status 0 but left no checkpoint"
+
+
+class HubError(AmberSafeError):
+    """A model or dataset that cannot be fetched from the Hugging Face hub, or was not fetched whole."""
+
+    exit_status = 77
+    kind = "a model or data cannot be fetched from the Hugging Face hub into the cache"

@@ -3,7 +3,6 @@
 import json
 import netrc
 import os
-import re
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from ambersafe_cli import checkpoints, data_findings
+from ambersafe_cli import checkpoints, data_findings, hub
 from ambersafe_cli.environment import INSTALL_HINT
 from ambersafe_cli.errors import ArchiveError, CloneError
 from ambersafe_cli.findings import Finding
@@ -58,18 +57,21 @@ def check(subject: Subject) -> Report:
     if any(finding.level == "error" for finding in findings):
         return Report(tuple(findings), None)  # what follows reckons with these
     findings += [*_of_settings(subject, config), *_of_wandb(config)]
-    model = model_folder(config)
-    findings += _of_cache(config, model)
+    sources = hub.sources(config, subject.stage.data, subject.stage.data_revision)
+    lacking = {source: hub.lacking(source) for source in sources}
+    findings += _of_sources(subject, lacking)
+    model = hub.folder_of(sources[0]) if "config.json" not in lacking[sources[0]] else None
     shapes = None
     try:
-        shapes = checkpoints.model_shapes(model) if model else None
+        shapes = checkpoints.model_shapes(model) if model and not lacking[sources[0]] else None
         findings += _of_archive(subject.stage, shapes)
     except ArchiveError as error:
         findings.append(Finding("error", error.message, error.hint))
     findings += _of_block(subject.stage, model, config)
     plan, data = None, None
-    if config["datasets"] == ["saferlhf"] and not subject.environment.missing:
-        data = data_findings.look_at_data(subject.stage, subject.environment, config, model)
+    can_look = not hub.offline_by() or not any(lacking[source] for source in sources[1:])
+    if config["datasets"] == ["saferlhf"] and not subject.environment.missing and can_look:
+        data = data_findings.look_at_data(subject.stage, subject.environment, config, sources[1])
         findings += data_findings.of_data(subject.stage, config, data)
         if "splits" in data:
             plan = make_plan(subject.stage.name, subject.processes, subject.run_folder, config, data, shapes)
@@ -186,32 +188,20 @@ def _of_wandb(config: Mapping[str, Any]) -> Iterator[Finding]:
         )
 
 
-def model_folder(config: Mapping[str, Any]) -> Path | None:
-    """The model's files on this machine: its folder, or its snapshot in the Hugging Face cache; None if not there."""
-    name, revision = str(config["model.name_or_path"]), config.get("model.revision")
-    if Path(name).is_dir():
-        return Path(name)
-    import huggingface_hub
-
-    try:
-        found = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
-    except ValueError:  # no name that the hub could have
-        return None
-    return Path(found).parent if isinstance(found, str) else None
-
-
-def _of_cache(config: Mapping[str, Any], model: Path | None) -> Iterator[Finding]:
-    name = config["model.name_or_path"]
-    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) and model is None:
-        yield Finding("error", f"There is no model {name}.", "--model takes a folder, or a name on the hub (ORG/NAME).")
-    elif model is None:
-        yield Finding(
-            "error" if offline else "warning",
-            f"The model {name} is not in the Hugging Face cache"
-            + (", and HF_HUB_OFFLINE is set." if offline else ": it will be downloaded."),
-            f"Where there is a network: `hf download {name}`.",
-        )
+def _of_sources(subject: Subject, lacking: Mapping[hub.Source, list[str]]) -> Iterator[Finding]:
+    """What is not on this machine: an error without a network, and where no download would mend it."""
+    offline = hub.offline_by()
+    command = hub.prefetch_command(subject.stage, tuple(lacking), subject.environment.python)
+    for source, files in lacking.items():
+        problem = hub.problem(source, files)
+        if not files:
+            continue
+        if not source.could_be_fetched:
+            yield Finding("error", f"{problem}.", "--model takes a whole folder, or a name on the hub (ORG/NAME).")
+        elif offline:
+            yield Finding("error", f"{problem}, and {offline} is set.", f"Where there is a network: `{command}`.")
+        else:
+            yield Finding("warning", f"{problem}: it will be downloaded.", f"`{command}` does that beforehand.")
 
 
 def _of_archive(stage: "Stage", model: checkpoints.Shapes | None) -> Iterator[Finding]:

@@ -10,6 +10,7 @@ from ambersafe_cli import (
     data_findings,
     display,
     environment,
+    hub,
     launch,
     patches,
     preflight,
@@ -39,8 +40,8 @@ def run(name: str, python: str | None, allow_modified: bool, dry_run: bool) -> i
     config = preflight.effective_config(stages.subject(prepared))
     looked = None
     if prepared.stage.data:
-        model = preflight.model_folder(config)
-        looked = data_findings.look_at_data(prepared.stage, prepared.environment, config, model)
+        tokenizer = hub.sources(config, prepared.stage.data, prepared.stage.data_revision)[1]
+        looked = data_findings.look_at_data(prepared.stage, prepared.environment, config, tokenizer)
     for what, then, now in differences(record, prepared, looked):
         display.warn(f"{what} was {then}, and is {now}")
     if dry_run:

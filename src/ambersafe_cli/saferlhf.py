@@ -69,7 +69,7 @@ def open_saferlhf_on_hub(name: str, revision: str | None, cache_dir: str | None)
     found = saferlhf_commit(next(iter(splits.values())))
     if wanted and found and found != wanted:
         raise ValueError(f"{name}: the cache holds commit {found}, and {revision or 'main'} is {wanted}")
-    if revision and not wanted and os.environ.get("HF_HUB_OFFLINE"):
+    if revision and not wanted and huggingface_hub.constants.HF_HUB_OFFLINE:
         raise ValueError(f"{name}: which commit {revision} is cannot be known offline; load it once with a network")
     return splits
 
