@@ -1,6 +1,7 @@
 """What is found before a stage starts, with the real upstream's config and a tiny model."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 from conftest import git, run_ambersafe
 from test_real_upstream import model  # noqa: F401, a fixture
 
-from ambersafe_cli import checkpoints, demo
+from ambersafe_cli import checkpoints, demo, plans
 from ambersafe_cli.errors import ArchiveError
 
 
@@ -56,8 +57,8 @@ def test_a_run_with_nothing_wrong_shows_its_plan_and_starts_nothing(check: Check
     done = check("sft", "--data", write(tmp_path / "rows", rows(64), rows(48)))
     assert done.returncode == 0, done.stderr
     assert "error" not in done.stderr
-    assert " 24 " in done.stdout, "64 prompts in batches of 16, 6 times"
-    assert "parameters" in done.stdout
+    assert re.search(r"optimizer steps +24\n", done.stdout), "64 prompts in batches of 16, 6 times"
+    assert re.search(r"weights +2\.6 MB = 658,048 x 4 bytes\n", done.stdout)
     assert not (tmp_path / ".cache").exists()
 
 
@@ -245,3 +246,35 @@ for _ in range(300):
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_activations_are_reckoned_as_autograd_keeps_them(model: Path) -> None:  # noqa: F811
+    """The plan's arithmetic against the tensors that autograd saves in a forward pass, each storage once."""
+    import torch
+    import transformers
+
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    weights = {parameter.data_ptr() for parameter in loaded.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    tokens = torch.randint(0, 1000, (4, 100))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = loaded.model(tokens, attention_mask=torch.ones_like(tokens))
+    measured = sum(t.untyped_storage().nbytes() for pointer, t in saved.items() if pointer not in weights)
+    assert output.last_hidden_state.requires_grad
+
+    config = {"policy_dtype": "float32", "reference_dtype": "float32"}
+    config = {f"model.{key}": value for key, value in config.items()}
+    settings = {"optimizer": "RMSprop", "batch_size": 8, "gradient_accumulation_steps": 2, "eval_every": 8}
+    more = {"n_epochs": 1, "n_examples": None, "do_first_eval": True, "activation_checkpointing": False}
+    split = {"examples": 64, "sampled": {"tokens_longest": 100}}
+    shapes = checkpoints.model_shapes(model)
+    whole = {**config, **settings, **more, "trainer": "BasicTrainer"}
+    plan = plans.make_plan("sft", 1, model, whole, {"splits": {"train": split}}, shapes)
+    assert plan.memory
+    (activations,) = (part.bytes for part in plan.memory if part.name == "activations")
+    assert activations == pytest.approx(measured, rel=0.1)

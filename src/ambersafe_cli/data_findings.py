@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from ambersafe_cli.hub import Source
     from ambersafe_cli.recipe import Stage
 
-SAMPLE = 20_000
-"""How many examples of a split are tokenized to measure what is cut; all of them if there are no more."""
+SAMPLE = 5_000
+"""How many examples of the train split are tokenized to measure what is cut; all of them if there are no more."""
 
 _LOOK_AT_DATA = Path(__file__).parent / "children" / "look_at_data.py"
 _SAFERLHF = Path(__file__).parent / "saferlhf.py"

@@ -55,7 +55,7 @@ def write_json(value: Any) -> None:
     write(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def write_facts(facts: Iterable[tuple[str, str]]) -> None:
+def write_facts(facts: Iterable[tuple[str, str]], indent: int = 12) -> None:
     """The answer as lines of a name and what there is to say, folded between words to the terminal's width.
 
     A word that is longer than a line, such as a path, stays whole. A name that comes again is not repeated.
@@ -63,14 +63,14 @@ def write_facts(facts: Iterable[tuple[str, str]]) -> None:
     width = shutil.get_terminal_size((80, 24)).columns
     before = ""
     for name, text in facts:
-        start = f"{'' if name == before else name:<12}"
+        start = f"{'' if name == before else name:<{indent}}"
         before = name
         write(
             textwrap.fill(
                 text,
                 width=max(width, 40),
                 initial_indent=start,
-                subsequent_indent=" " * 12,
+                subsequent_indent=" " * indent,
                 break_long_words=False,
                 break_on_hyphens=False,
             )

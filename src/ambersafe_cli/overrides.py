@@ -95,5 +95,7 @@ def _read_value(text: str) -> Value:
         value = read_yaml(text)
     except yaml.YAMLError:
         return text
+    if isinstance(value, bool) and text.lower() not in ("true", "false"):
+        return text  # yes, no, on and off are words for Hydra
     is_list = isinstance(value, list) and all(isinstance(item, str | int | float | bool) for item in value)
     return value if isinstance(value, str | int | float | bool) or is_list else None  # type: ignore[return-value]

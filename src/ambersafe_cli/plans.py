@@ -1,5 +1,10 @@
-"""What a run will do: steps, evaluations, checkpoints, disk and memory, by arithmetic that is shown."""
+"""What a run will do: steps, evaluations, checkpoints, disk and memory, by arithmetic that is shown.
 
+Activations: what autograd keeps of a layer of LLaMA is 10 times the hidden and 4 times the inner size a token, as its
+saved tensors say (transformers 5.23, sdpa attention); other architectures keep about as much.
+"""
+
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +16,18 @@ from ambersafe_cli import checkpoints
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 _OPTIMIZER_STATES = {"RMSprop": 1, "SGD": 0, "Adam": 2, "AdamW": 2, "Adagrad": 1}
 """Numbers that an optimizer keeps a parameter, with upstream's settings (no momentum)."""
+
+
+_EMBEDDING = re.compile(r"embed_tokens|embed_in|wte|word_embeddings")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the memory that a process needs: its name, its size in bytes, and the arithmetic behind it."""
+
+    name: str
+    bytes: int
+    how: str
 
 
 @dataclass(frozen=True)
@@ -25,7 +42,7 @@ class Plan:
     checkpoint_bytes: int | None
     disk_bytes: int | None
     disk_free_bytes: int
-    memory: Mapping[str, int] | None
+    memory: tuple[Part, ...] | None
 
 
 def make_plan(
@@ -81,24 +98,42 @@ def count_steps(
 
 def _memory(
     stage: str, shards: int, config: Mapping[str, Any], size: int, data: Mapping[str, Any], model: checkpoints.Shapes
-) -> dict[str, int]:
+) -> tuple[Part, ...]:
     """Bytes a process needs, by part."""
     weights = _BYTES.get(str(config["model.policy_dtype"]), 4)
-    memory = {
-        "weights": size * weights // shards,
-        "gradients": size * weights // shards,
-        "optimizer": size * weights * _OPTIMIZER_STATES.get(str(config["optimizer"]), 2) // shards,
-    }
+    over = f" / {shards} processes" if shards > 1 else ""
+    states = _OPTIMIZER_STATES.get(str(config["optimizer"]), 2)
+
+    def sharded(name: str, bytes_each: int) -> Part:
+        return Part(name, size * bytes_each // shards, f"{size:,} x {bytes_each} bytes{over}")
+
+    parts = [sharded("weights", weights), sharded("gradients", weights)]
+    if states:
+        parts.append(sharded(f"{config['optimizer']}", weights * states))
     if stage == "dpo":
-        memory["reference model"] = size * _BYTES.get(str(config["model.reference_dtype"]), 2) // shards
-    # What upstream's loss holds at once of a microbatch: logits and their log-softmax in float32, and the gradient.
-    vocabulary = max((shape[0] for name, shape in model.items() if "embed" in name or "wte" in name), default=0)
-    sequences = config["batch_size"] // (config["gradient_accumulation_steps"] * shards)
-    sequences *= 2 if stage == "dpo" else 1
-    memory["logits of the longest microbatch"] = (
-        3 * 4 * sequences * data["splits"]["train"]["sampled"]["tokens_longest"] * vocabulary
-    )
-    return memory
+        parts.append(sharded("reference model", _BYTES.get(str(config["model.reference_dtype"]), 2)))
+    sequences = config["batch_size"] // (config["gradient_accumulation_steps"] * shards) * (2 if stage == "dpo" else 1)
+    longest = data["splits"]["train"]["sampled"]["tokens_longest"]
+    tokens, how = sequences * longest, f"{sequences} sequences x {longest} tokens"
+    hidden, layers, inner = _sizes(model)
+    compute = _BYTES.get(str(config.get("model.fsdp_policy_mp")), weights)
+    if config["activation_checkpointing"] and "FSDP" in str(config["trainer"]):
+        kept, kept_how = layers * hidden + 10 * hidden + 4 * inner, f"({layers} x {hidden} + one layer)"
+    else:
+        kept, kept_how = layers * (10 * hidden + 4 * inner), f"{layers} layers x (10 x {hidden} + 4 x {inner})"
+    parts.append(Part("activations", tokens * kept * compute, f"{how} x {kept_how} x {compute} bytes"))
+    vocabulary = max((shape[0] for name, shape in model.items() if _EMBEDDING.search(name)), default=0)
+    # What upstream's loss holds at once: logits and their log-softmax in float32, and the gradient.
+    parts.append(Part("logits", 3 * 4 * tokens * vocabulary, f"{how} x {vocabulary:,} x 3 x 4 bytes"))
+    return tuple(parts)
+
+
+def _sizes(model: checkpoints.Shapes) -> tuple[int, int, int]:
+    """The hidden size, the number of layers and the inner size of the feed-forward part, by the names of tensors."""
+    hidden = max((shape[1] for name, shape in model.items() if _EMBEDDING.search(name)), default=0)
+    layers = len({match[0] for name in model if (match := re.search(r"\.\d+\.", name))})
+    inner = max((max(shape) for name, shape in model.items() if "mlp" in name and len(shape) == 2), default=4 * hidden)
+    return hidden, layers, inner
 
 
 def _existing(folder: Path) -> Path:
@@ -115,11 +150,12 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
     if plan.parameters and plan.checkpoint_bytes and plan.disk_bytes and plan.memory is not None:
         rows += [
             ("parameters", f"{plan.parameters:,}"),
-            ("a checkpoint (weights and optimizer)", in_gigabytes(plan.checkpoint_bytes)),
-            (f"disk for {plan.checkpoints_kept} of them", in_gigabytes(plan.disk_bytes)),
+            ("a checkpoint", f"{in_gigabytes(plan.checkpoint_bytes)}, weights and optimizer"),
+            ("disk", f"{in_gigabytes(plan.disk_bytes)} = {plan.checkpoints_kept} checkpoints"),
         ]
-        rows += [(f"memory a process: {part}", in_gigabytes(size)) for part, size in plan.memory.items()]
-        rows.append(("memory a process, all of these", in_gigabytes(sum(plan.memory.values()))))
+        rows += [(f"  {part.name}", f"{in_gigabytes(part.bytes)} = {part.how}") for part in plan.memory]
+        total = in_gigabytes(sum(part.bytes for part in plan.memory))
+        rows.insert(-len(plan.memory), ("memory a process, about", total))
     else:
         rows.append(("disk and memory", "not known: the model is not on this machine"))
     return [*rows, ("disk that is free", in_gigabytes(plan.disk_free_bytes))]

@@ -129,7 +129,7 @@ def check(request: Request, as_json: bool) -> None:
     else:
         _show_notes(prepared)
         if report.plan:
-            display.write_table("What this run will do", ("", ""), plans.describe(report.plan))
+            display.write_facts(plans.describe(report.plan), indent=26)
     _require(report)
 
 

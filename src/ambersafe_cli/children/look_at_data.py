@@ -88,6 +88,9 @@ def fingerprint(table: Any) -> str:
     return digest.hexdigest()
 
 
+LONGEST = 200
+"""How many of the longest texts, by characters, are tokenized to know the longest by tokens."""
+
 Example = tuple[str, ...]
 """A prompt and its one response (SFT), or its chosen and its rejected one (DPO)."""
 
@@ -163,8 +166,6 @@ def look(request: dict[str, Any]) -> dict[str, Any]:
         clean = [example for example in every if not holds_eos(example, tokenizer.eos)]
         bad = next((example for example in every if holds_eos(example, tokenizer.eos)), None)
         examples = clean if request["drop_eos"] else every
-        sample = random.Random(0).sample(examples, min(len(examples), request["sample"]))  # noqa: S311
-        columns = [tokenizer.lengths(list(texts)) for texts in zip(*sample)]
         answer["splits"][split] = {
             "rows": table.num_rows,
             "fingerprint": fingerprint(table),
@@ -174,11 +175,22 @@ def look(request: dict[str, Any]) -> dict[str, Any]:
             "with_eos": len(every) - len(clean),
             "first_with_eos": bad[0] if bad else None,
             "prompts_a_batch": prompts_a_batch(data, request["batch_size"]),
-            "sampled": cut(
-                list(zip(*columns)), request["max_length"], request["max_prompt_length"], request["keep_eos"]
-            ),
         }
+        if split == "train":
+            answer["splits"][split]["sampled"] = measure(examples, tokenizer, request)
     return answer
+
+
+def measure(examples: list[Example], tokenizer: MeasuringTokenizer, request: dict[str, Any]) -> dict[str, int]:
+    """What truncation takes from a sample of the examples; the longest, that memory has to do for, is looked for by
+    characters among all of them."""
+    sample = random.Random(0).sample(examples, min(len(examples), request["sample"]))  # noqa: S311
+    longest = sorted(examples, key=lambda example: len(example[0]) + max(map(len, example[1:])))[-LONGEST:]
+    columns = [tokenizer.lengths(list(texts)) for texts in zip(*sample, *longest)]
+    lengths = list(zip(*columns))
+    limits = request["max_length"], request["max_prompt_length"], request["keep_eos"]
+    counts = cut(lengths[: len(sample)], *limits)
+    return {**counts, "tokens_longest": cut(lengths, *limits)["tokens_longest"]}
 
 
 def main() -> None:
