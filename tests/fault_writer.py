@@ -1,8 +1,8 @@
 """Saves checkpoints with the patched trainers.py, in forks that its parent has killed. Imports torch once.
 
-Reads one JSON object a line, {"run": FOLDER, "first": N, "kill_after": SECONDS or null, "keep": N, "best": NAME or
-null, "limit": BYTES or null}, and answers each with one line: the steps that a fork saved, as it said itself when each
-save had come back, and the error that ended it.
+Reads one JSON object a line, {"run": FOLDER, "first": N, "kill_after": SECONDS or null, "aim": BOOLEAN, "keep": N,
+"best": NAME or null, "limit": BYTES or null}, and answers each with one line: the steps that a fork saved, as it said
+itself when each save had come back, and the error that ended it.
 
     python tests/fault_writer.py CLONE
 """
@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import types
+from pathlib import Path
 
 sys.path.insert(0, sys.argv[1])
 import torch
@@ -53,6 +54,16 @@ def save_for_ever(order: dict, said: int) -> None:
             return
 
 
+def names(run: str) -> list[list[str]]:
+    """What is in a run's folder, and in its oldest checkpoint, of which there is one more than are kept."""
+    found = sorted(path.name for path in Path(run).iterdir())
+    steps = sorted((name for name in found if name[5:].isdecimal()), key=lambda name: int(name[5:]))
+    try:
+        return [found, [path.name for path in (Path(run) / steps[0]).iterdir()] if steps else []]
+    except OSError:
+        return [found, []]
+
+
 def follow(order: dict) -> dict:
     reading, writing = os.pipe()
     pid = os.fork()
@@ -65,6 +76,10 @@ def follow(order: dict) -> dict:
     os.close(writing)
     if order["kill_after"] is not None:
         time.sleep(order["kill_after"])
+        if order["aim"]:  # at the moment of the next rename or deletion, which are short
+            before = names(order["run"])
+            while names(order["run"]) == before:
+                pass
         os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     with os.fdopen(reading) as file:

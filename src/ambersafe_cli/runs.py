@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import getpass
 import json
@@ -87,6 +88,8 @@ def read(folder: Path) -> Record | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return None
         wrong = f"cannot be read: {error.strerror}"
     except (ValueError, RecursionError) as error:
         wrong = f"is cut off, or not JSON: {error}"
