@@ -20,6 +20,8 @@ sys.path.insert(0, sys.argv[1])
 import torch
 import trainers
 
+FILES = 4  # of a checkpoint
+
 
 def trainer(run: str, keep: int | None, best: str | None) -> trainers.BasicTrainer:
     """One whose save() works, without a model, data or a config."""
@@ -54,14 +56,23 @@ def save_for_ever(order: dict, said: int) -> None:
             return
 
 
-def names(run: str) -> list[list[str]]:
-    """What is in a run's folder, and in its oldest checkpoint, of which there is one more than are kept."""
-    found = sorted(path.name for path in Path(run).iterdir())
-    steps = sorted((name for name in found if name[5:].isdecimal()), key=lambda name: int(name[5:]))
-    try:
-        return [found, [path.name for path in (Path(run) / steps[0]).iterdir()] if steps else []]
-    except OSError:
-        return [found, []]
+def files(run: str) -> list[int]:
+    """How many files each checkpoint has that has its name."""
+    return [len(list(path.iterdir())) for path in Path(run).glob("step-*") if path.name[5:].isdecimal()]
+
+
+def wait_for_a_deletion(run: str) -> None:
+    """Wait until a checkpoint is being deleted, or has just gone. That is short: a random moment seldom hits it."""
+    before: list[int] = []
+    deadline = time.monotonic() + 2
+    while time.monotonic() < deadline:
+        try:
+            now = files(run)
+        except OSError:
+            return
+        if len(now) < len(before) or any(number < FILES for number in now):
+            return
+        before = now
 
 
 def follow(order: dict) -> dict:
@@ -76,10 +87,8 @@ def follow(order: dict) -> dict:
     os.close(writing)
     if order["kill_after"] is not None:
         time.sleep(order["kill_after"])
-        if order["aim"]:  # at the moment of the next rename or deletion, which are short
-            before = names(order["run"])
-            while names(order["run"]) == before:
-                pass
+        if order["aim"]:
+            wait_for_a_deletion(order["run"])
         os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     with os.fdopen(reading) as file:
