@@ -6,6 +6,7 @@ A quick part of it runs with the other tests, all of it with `scripts/test --fau
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -679,28 +680,33 @@ def finish_setup(folder: Path, wanted: cloning.Wanted, force: bool) -> None:  # 
     try:
         set_up(folder, wanted, force)
     except errors.CloneError as error:
-        assert "index.lock" in error.hint, error.message
-        (folder / ".git" / "index.lock").unlink()
+        command = shlex.split(error.hint.split("`")[1])
+        assert command[0] == "rm", error.hint
+        assert all(path.startswith(f"{folder}/.git/") and path.endswith(".lock") for path in command[1:])
+        subprocess.run(command, check=True)
         set_up(folder, wanted, force)
     state = upstream.inspect(folder, wanted.series)
     assert state.is_exactly(wanted.commit, wanted.patches)
 
 
+@pytest.mark.parametrize("name", ["index.lock", "HEAD.lock", "refs/heads/ambersafe.lock", "refs/stash.lock"])
 def test_a_lock_of_git_that_was_left_is_named_with_what_to_do(
+    name: str,
     whole_clone: Path,  # noqa: F811
     wanted: cloning.Wanted,  # noqa: F811
     tmp_path: Path,
 ) -> None:
     folder = copy(whole_clone, tmp_path / "clone")
-    (folder / ".git" / "index.lock").touch()
+    lock = folder / ".git" / name
+    lock.touch()
     (folder / "train.py").write_text("mine\n")
     minimal = replace(wanted, minimal=True)
     for force in (False, True):
         with pytest.raises(errors.CloneError) as caught:
             set_up(folder, minimal, force)
-        assert f"`rm {folder}/.git/index.lock`" in caught.value.hint
+        assert f"`rm {lock}`" in caught.value.hint
         assert (folder / "train.py").read_text() == "mine\n"
-    (folder / ".git" / "index.lock").unlink()
+    lock.unlink()
     set_up(folder, minimal, force=True)
     assert_complete(folder, minimal)
 
