@@ -1,8 +1,8 @@
 """Saves checkpoints with the patched trainers.py, in forks that its parent has killed. Imports torch once.
 
-Reads one JSON object a line, {"run": FOLDER, "first": N, "kill_after": SECONDS or null, "keep": N, "best": NAME or
-null, "limit": BYTES or null}, and answers each with one line: the steps that a fork saved, as it said itself when each
-save had come back, and the error that ended it.
+Reads one JSON object a line, {"run": FOLDER, "first": N, "kill_after": SECONDS or null, "aim": BOOLEAN, "keep": N,
+"best": NAME or null, "limit": BYTES or null}, and answers each with one line: the steps that a fork saved, as it said
+itself when each save had come back, and the error that ended it.
 
     python tests/fault_writer.py CLONE
 """
@@ -14,10 +14,13 @@ import signal
 import sys
 import time
 import types
+from pathlib import Path
 
 sys.path.insert(0, sys.argv[1])
 import torch
 import trainers
+
+FILES = 4  # of a checkpoint
 
 
 def trainer(run: str, keep: int | None, best: str | None) -> trainers.BasicTrainer:
@@ -53,6 +56,25 @@ def save_for_ever(order: dict, said: int) -> None:
             return
 
 
+def files(run: str) -> list[int]:
+    """How many files each checkpoint has that has its name."""
+    return [len(list(path.iterdir())) for path in Path(run).glob("step-*") if path.name[5:].isdecimal()]
+
+
+def wait_for_a_deletion(run: str) -> None:
+    """Wait until a checkpoint is being deleted, or has just gone. That is short: a random moment seldom hits it."""
+    before: list[int] = []
+    deadline = time.monotonic() + 2
+    while time.monotonic() < deadline:
+        try:
+            now = files(run)
+        except OSError:
+            return
+        if len(now) < len(before) or any(number < FILES for number in now):
+            return
+        before = now
+
+
 def follow(order: dict) -> dict:
     reading, writing = os.pipe()
     pid = os.fork()
@@ -65,6 +87,8 @@ def follow(order: dict) -> dict:
     os.close(writing)
     if order["kill_after"] is not None:
         time.sleep(order["kill_after"])
+        if order["aim"]:
+            wait_for_a_deletion(order["run"])
         os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     with os.fdopen(reading) as file:

@@ -6,6 +6,7 @@ A quick part of it runs with the other tests, all of it with `scripts/test --fau
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -37,7 +38,7 @@ from test_upstream import (  # noqa: F401, fixtures
     workshop,
 )
 
-from ambersafe_cli import attempts, cloning, errors, integrity, records, recovery, reports, runs, upstream
+from ambersafe_cli import attempts, cloning, errors, integrity, launch, records, recovery, reports, runs, upstream
 
 pytestmark = pytest.mark.slow
 
@@ -249,9 +250,11 @@ class Writer:
         keep: int | None = KEEP,
         best: str | None = None,
         limit: int | None = None,
+        aim: bool = False,
     ) -> tuple[list[int], str]:
         """The steps that were saved, and the error that ended it."""
         order = {"run": str(run), "first": first, "kill_after": kill_after, "keep": keep, "best": best, "limit": limit}
+        order["aim"] = aim
         assert self.child.stdin
         assert self.child.stdout
         print(json.dumps(order), file=self.child.stdin, flush=True)
@@ -275,7 +278,7 @@ def test_a_save_that_is_killed_leaves_every_checkpoint_that_was_there(writer: Wr
     for number in range(tries(fault)):
         best = "loss/eval" if number % 2 else None
         first = max(before, default=0) + rng.choice([0, 1])  # sometimes over the newest one
-        saved, error = writer.save(tmp_path, first or 1, kill_after=rng.random() * 0.12, best=best)
+        saved, error = writer.save(tmp_path, first or 1, kill_after=rng.random() * 0.12, best=best, aim=number % 3 > 0)
         assert not error
         lost = faults.lost_checkpoints(tmp_path, before | set(saved), KEEP)
         newest = recovery.put_in_order(tmp_path)
@@ -677,28 +680,33 @@ def finish_setup(folder: Path, wanted: cloning.Wanted, force: bool) -> None:  # 
     try:
         set_up(folder, wanted, force)
     except errors.CloneError as error:
-        assert "index.lock" in error.hint, error.message
-        (folder / ".git" / "index.lock").unlink()
+        command = shlex.split(error.hint.split("`")[1])
+        assert command[0] == "rm", error.hint
+        assert all(path.startswith(f"{folder}/.git/") and path.endswith(".lock") for path in command[1:])
+        subprocess.run(command, check=True)
         set_up(folder, wanted, force)
     state = upstream.inspect(folder, wanted.series)
     assert state.is_exactly(wanted.commit, wanted.patches)
 
 
+@pytest.mark.parametrize("name", ["index.lock", "HEAD.lock", "refs/heads/ambersafe.lock", "refs/stash.lock"])
 def test_a_lock_of_git_that_was_left_is_named_with_what_to_do(
+    name: str,
     whole_clone: Path,  # noqa: F811
     wanted: cloning.Wanted,  # noqa: F811
     tmp_path: Path,
 ) -> None:
     folder = copy(whole_clone, tmp_path / "clone")
-    (folder / ".git" / "index.lock").touch()
+    lock = folder / ".git" / name
+    lock.touch()
     (folder / "train.py").write_text("mine\n")
     minimal = replace(wanted, minimal=True)
     for force in (False, True):
         with pytest.raises(errors.CloneError) as caught:
             set_up(folder, minimal, force)
-        assert f"`rm {folder}/.git/index.lock`" in caught.value.hint
+        assert f"`rm {lock}`" in caught.value.hint
         assert (folder / "train.py").read_text() == "mine\n"
-    (folder / ".git" / "index.lock").unlink()
+    lock.unlink()
     set_up(folder, minimal, force=True)
     assert_complete(folder, minimal)
 
@@ -789,6 +797,13 @@ def test_several_sft_at_once_never_share_a_folder(fake_clone: Path, tmp_path: Pa
         assert sorted(status for status, _ in ended) == [0, 64, 64], ended
         attempts_made = json.loads((run / "run.json").read_text())["attempts"]
         note(fault, attempts_made[1:])
+
+
+def test_a_folder_that_another_run_has_taken_meanwhile_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("another run's")
+    with pytest.raises(errors.UsageError, match="not empty"):
+        attempts.run(launch.Launch(tmp_path, ("false",), {}, 1, ()), {})
+    assert (tmp_path / "run.json").read_text() == "another run's"
 
 
 def test_several_setups_at_once_all_end_well(patched: Path, tmp_path: Path) -> None:

@@ -195,10 +195,10 @@ def _update(repo: git.Repo, folder: Path, wanted: Wanted, force: bool, progress:
             f"{folder} is in the middle of a git am, rebase, merge, cherry-pick or revert.",
             f"Finish or abort it: `git -C {folder} status`.",
         )
-    if (lock := Path(repo.git_dir, "index.lock")).exists():  # git stash would fail without a word
-        raise CloneError(
-            f"{folder} is locked: another git works in it, or one was killed and left {lock}.",
-            f"If no other git runs: `{shlex.join(['rm', str(lock)])}`, then run ambersafe setup again.",
+    if locks := [str(path) for place in ("*.lock", "refs/**/*.lock") for path in Path(repo.git_dir).glob(place)]:
+        raise CloneError(  # git stash would fail without a word
+            f"{folder} is locked: another git works in it, or one was killed and left {', '.join(locks)}.",
+            f"If no other git runs: `{shlex.join(['rm', *locks])}`, then run ambersafe setup again.",
         )
     if not force:
         _refuse_to_lose(state, base)
