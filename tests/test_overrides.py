@@ -61,7 +61,8 @@ def test_a_quoted_override_is_read_as_hydra_reads_it(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "written", ["5", "-3", "5e-7", "0.1", "1.5e5", "true", "abc", "a.b/c", "'a b'", '"x=y"', "2E3", "yes", "on", "False"]
+    "written",
+    ["5", "-3", "5e-7", "0.1", "1.5e5", "true", "False", "yes", "on", "abc", "a.b/c", "'a b'", '"x=y"', "2E3"],
 )
 def test_a_bare_override_is_read_as_hydra_reads_it(written: str) -> None:
     expected = hydra.parse_override(f"key={written}").value()
