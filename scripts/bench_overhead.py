@@ -23,6 +23,15 @@ BUILD_MODEL = Path(demo.__file__).parent / "children" / "tiny_model.py"
 AMBERSAFE = [sys.executable, "-m", "ambersafe_cli"]
 
 
+def prepare(work: Path, clone: Path | None) -> Path:
+    """Build the tiny model in `work / "model"`, and return the clone, made there if none is given."""
+    clone = clone or work / "clone"
+    subprocess.run([*AMBERSAFE, "setup", "--dir", str(clone)], check=True, capture_output=True)
+    build = [sys.executable, str(BUILD_MODEL), str(work / "model"), str(demo.DATA / "train.jsonl")]
+    subprocess.run(build, check=True, capture_output=True)
+    return clone
+
+
 def sft(work: Path, clone: Path, examples: int, *more: str) -> list[str]:
     settings = ["n_epochs=null", f"n_examples={examples}", f"eval_every={examples}", "wandb.enabled=false"]
     model, data = ["--model", str(work / "model")], ["--data", str(demo.DATA)]
@@ -63,10 +72,7 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        clone = given.clone or work / "clone"
-        subprocess.run([*AMBERSAFE, "setup", "--dir", str(clone)], check=True)
-        train = demo.DATA / "train.jsonl"
-        subprocess.run([sys.executable, str(BUILD_MODEL), str(work / "model"), str(train)], check=True)
+        clone = prepare(work, given.clone)
         short, _ = timed(by_hand(work, clone, 160, 0), work)
         longer, _ = timed(by_hand(work, clone, 3200, 1), work)
         examples = 16 * max(1, round((given.seconds - short) / (longer - short) * 3040 / 16))

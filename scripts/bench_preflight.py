@@ -19,10 +19,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from ambersafe_cli import demo, saferlhf
+from bench_overhead import AMBERSAFE, prepare
 
-BUILD_MODEL = Path(demo.__file__).parent / "children" / "tiny_model.py"
-AMBERSAFE = [sys.executable, "-m", "ambersafe_cli"]
+from ambersafe_cli import saferlhf
 
 
 def write_rows(path: Path, count: int, words: list[str], seed: int) -> None:
@@ -74,11 +73,8 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        clone = given.clone or work / "clone"
-        subprocess.run([*AMBERSAFE, "setup", "--dir", str(clone)], check=True)
-        train = demo.DATA / "train.jsonl"
+        clone = prepare(work, given.clone)
         model, rows = work / "model", work / "rows"
-        subprocess.run([sys.executable, str(BUILD_MODEL), str(model), str(train)], check=True)
         rows.mkdir()
         rng = random.Random(0)  # noqa: S311
         letters = "etaoinshrdlucmfwypvbgkjqxz"

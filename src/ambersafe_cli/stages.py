@@ -168,7 +168,9 @@ def start(prepared: "Prepared", report: preflight.Report | None = None, detach: 
     record = _record(prepared, report)
     if detach:
         begun: dict[str, Any] = {"started": runs.now(), "ended": None, "exit_status": None, "attempts": []}
-        runs.write(folder, {**record, **begun, "status": "running"})
+        with runs.locked(folder):
+            runs.require_empty(folder)  # another run may have been here since it was made
+            runs.write(folder, {**record, **begun, "status": "running"})
         return control.detach(folder, None, prepared.allow_modified)
     return attempts.run(prepared.launch, record)
 
