@@ -802,7 +802,7 @@ def test_several_sft_at_once_never_share_a_folder(fake_clone: Path, tmp_path: Pa
 def test_a_folder_that_another_run_has_taken_meanwhile_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("another run's")
     with pytest.raises(errors.UsageError, match="not empty"):
-        attempts.run(launch.Launch(tmp_path, ("false",), {}, 1, ()), {})
+        attempts.run(launch.Launch(tmp_path, tmp_path, ("false",), {}, 1, ()), {})
     assert (tmp_path / "run.json").read_text() == "another run's"
 
 
