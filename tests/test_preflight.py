@@ -278,3 +278,54 @@ def test_activations_are_reckoned_as_autograd_keeps_them(model: Path) -> None:  
     assert plan.memory
     (activations,) = (part.bytes for part in plan.memory if part.name == "activations")
     assert activations == pytest.approx(measured, rel=0.1)
+
+
+def test_models_as_they_were_saved_years_ago_fit_their_checkpoints(tmp_path: Path) -> None:
+    """Pickled shards, buffers among the weights, names without the prefix of the model's inner part."""
+    import torch
+    import transformers
+
+    config = transformers.GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=100)
+    policy = transformers.GPT2LMHeadModel(config)
+    archive = checkpoints.policy_shapes(save(tmp_path / "policy.pt", policy.state_dict()))
+    old = {name.removeprefix("transformer."): tensor for name, tensor in policy.state_dict().items()}
+    del old["lm_head.weight"]
+    old["h.0.attn.bias"] = torch.ones(1, 1, 4, 4)
+    old["h.1.attn.rotary_emb.inv_freq"] = torch.ones(4)
+    names = sorted(old)
+    shards = {"pytorch_model-1.bin": names[:5], "pytorch_model-2.bin": names[5:]}
+    for file, kept in shards.items():
+        torch.save({name: old[name] for name in kept}, tmp_path / file)
+    weight_map = {name: file for file, kept in shards.items() for name in kept}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    shapes = checkpoints.model_shapes(tmp_path)
+    assert shapes == {name: tuple(tensor.shape) for name, tensor in old.items()}
+    assert checkpoints.differences(archive, shapes) == []
+    wrong = {**shapes, "wte.weight": (99, 8), "h.2.ln_1.weight": (8,)}
+    del wrong["wpe.weight"]
+    assert checkpoints.differences(archive, wrong) == [
+        "h.2.ln_1.weight is missing",
+        "transformer.wpe.weight is not the model's",
+        "transformer.wte.weight is 100x8, not 99x8",
+    ]
+    (tmp_path / "pytorch_model-2.bin").write_bytes((tmp_path / "pytorch_model-2.bin").read_bytes()[:-50])
+    with pytest.raises(ArchiveError, match=r"pytorch_model-2\.bin"):
+        checkpoints.model_shapes(tmp_path)
+    torch.save(old, tmp_path / "pytorch_model-2.bin", _use_new_zipfile_serialization=False)
+    assert checkpoints.model_shapes(tmp_path) is None
+    (tmp_path / "pytorch_model-2.bin").unlink()
+    with pytest.raises(ArchiveError, match=r"pytorch_model-2\.bin"):
+        checkpoints.model_shapes(tmp_path)
+
+
+def test_a_file_of_weights_that_is_cut_off_is_an_error(check: Check, tmp_path: Path) -> None:
+    data = write(tmp_path / "rows", rows(64), rows(48))
+    broken = tmp_path / "broken"
+    shutil.copytree(check.model, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    check.model = broken
+    done = check("sft", "--data", data)
+    assert done.returncode == 76
+    assert "model.safetensors is not a whole file of weights" in done.stderr

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import load, numbers, only_run, run_ambersafe
+from conftest import git, load, numbers, only_run, run_ambersafe
 from test_real_upstream import TINY, model, rows  # noqa: F401, fixtures
 
 from ambersafe_cli import metrics
@@ -154,7 +154,7 @@ def test_a_checkpoint_that_is_cut_off_is_passed_over(
     assert f"going on from {newest}" not in done.stderr
 
 
-def test_a_clone_that_has_changed_stops_a_resume(
+def test_a_run_does_not_go_on_with_a_clone_that_has_changed(
     patched: Path,
     model: Path,  # noqa: F811
     rows: Path,  # noqa: F811
@@ -172,10 +172,20 @@ def test_a_clone_that_has_changed_stops_a_resume(
     assert "A training runs from" in changed.stderr
     kill_with_everything_it_started(child, only_run(tmp_path, "run"))
     (clone / "utils.py").write_text((clone / "utils.py").read_text() + "# mine\n")
+    run = only_run(tmp_path, "run")
+    recorded = (run / "run.json").read_text()
+    (run / "run.json").write_text(recorded.replace(git(clone, "rev-parse", "HEAD"), "0" * 40))
+    gone = run_ambersafe("resume", cwd=tmp_path)
+    assert gone.returncode == 71
+    assert "does not hold 000000000000, with which the run was started" in gone.stderr
+    (run / "run.json").write_text(recorded)
     done = run_ambersafe("resume", cwd=tmp_path)
-    assert done.returncode == 71
-    assert "with edits" in done.stderr
-    assert run_ambersafe("resume", "--allow-modified", cwd=tmp_path).returncode == 0
+    assert done.returncode == 0, done.stderr
+    assert "is edited or has moved on: the run's own series is in" in done.stderr
+    assert (
+        "# mine" not in (tmp_path / "clone.worktrees" / git(clone, "rev-parse", "HEAD")[:12] / "utils.py").read_text()
+    )
+    assert "# mine" in (clone / "utils.py").read_text()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_checkpoint(

@@ -168,7 +168,7 @@ def recorded_clone(recorded: Mapping[str, Any], allow_modified: bool) -> Path:
     if not recorded["edited"] and not allow_modified:
         folder = worktrees.folder_at(clone, recorded["head"])
         if folder != clone:
-            display.warn(f"{clone} has moved on: the run's own series is in {folder}")
+            display.warn(f"{clone} is edited or has moved on: the run's own series is in {folder}")
         return folder
     state = upstream.inspect(clone, patches.read_series())
     if (state.head, bool(state.edited)) != (recorded["head"], bool(recorded["edited"])) and not allow_modified:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ambersafe_cli.errors import ArchiveError
-from ambersafe_cli.hub import shards
+from ambersafe_cli.hub import WEIGHTS, shards
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -53,19 +54,8 @@ def policy_shapes(path: Path) -> Shapes:
     """The shape of each tensor in a policy.pt. Raises ArchiveError if it is cut off or not upstream's."""
     hint = "It was cut off, or it is another kind of file: take another checkpoint, or train it again."
     try:
-        with zipfile.ZipFile(path) as archive:
-            (name,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            with archive.open(name) as file:
-                content = _ShapesOnly(file).load()
-    except (
-        OSError,
-        ValueError,
-        zipfile.BadZipFile,
-        EOFError,
-        pickle.UnpicklingError,
-        AttributeError,
-        TypeError,
-    ) as error:
+        content = _read_pickle(path)
+    except _UNREADABLE as error:
         raise ArchiveError(f"{path} is not a whole checkpoint of upstream's: {error}", hint) from error
     state = content.get("state") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not {"step_idx", "metrics"} <= content.keys():
@@ -74,6 +64,19 @@ def policy_shapes(path: Path) -> Shapes:
     if len(shapes) != len(state):
         raise ArchiveError(f"{path} is an optimizer.pt or the like, not a policy.pt.", "Give the policy.pt beside it.")
     return shapes
+
+
+_UNREADABLE = (
+    OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError, pickle.UnpicklingError, AttributeError, TypeError,
+)  # fmt: skip
+
+
+def _read_pickle(path: Path) -> Any:
+    """What torch.save wrote, with shapes in place of tensors. Raises one of _UNREADABLE."""
+    with zipfile.ZipFile(path) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        with archive.open(name) as file:
+            return _ShapesOnly(file).load()
 
 
 def fingerprint(path: Path) -> str | None:
@@ -92,30 +95,54 @@ def fingerprint(path: Path) -> str | None:
 
 
 def model_shapes(folder: Path) -> Shapes | None:
-    """The shape of each tensor in a model's safetensors files; None without any. Raises ArchiveError for a bad one."""
+    """The shape of each tensor in the files of weights that transformers loads from a folder.
+
+    None where there are none, or only ones from before torch 1.6. Raises ArchiveError for one that is not whole.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
-    for path in _weights(folder):
+    for path in weight_files(folder):
         try:
-            with path.open("rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(length))
-        except (OSError, struct.error, ValueError, MemoryError, OverflowError) as error:
-            raise ArchiveError(
-                f"{path} is not a whole safetensors file: {error}", "Download the model again."
-            ) from error
-        shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-    return shapes or None
+            shapes |= _safetensors_shapes(path) if path.suffix == ".safetensors" else _read_pickle(path)
+        except (*_UNREADABLE, struct.error, MemoryError, OverflowError) as error:
+            if path.suffix == ".bin" and _is_no_archive(path):
+                return None
+            said = f"{path} is not a whole file of weights: {error}"
+            raise ArchiveError(said, "Download the model again.") from error
+    return {name: shape for name, shape in shapes.items() if isinstance(shape, tuple)} or None
 
 
-def _weights(folder: Path) -> list[Path]:
-    """The safetensors files that transformers loads from a folder; others, as consolidated.safetensors, are not it."""
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.is_file() or not index.is_file():
-        return [whole] if whole.is_file() else []
+def _is_no_archive(path: Path) -> bool:
+    """Whether a file is there that does not begin as zip archives do."""
     try:
-        return [folder / name for name in shards(index)]
+        with path.open("rb") as file:
+            return file.read(2) != b"PK"
+    except OSError:
+        return False
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of weights that transformers loads from a folder, whether they are there or not; none without any.
+
+    Others that lie beside them, as consolidated.safetensors, are not it. Raises ArchiveError for a bad index.
+    """
+    first = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if first is None:
+        return []
+    try:
+        return [folder / name for name in shards(first)] or [first]
     except (OSError, ValueError) as error:
-        raise ArchiveError(f"{index} is not a whole index: {error}", "Download the model again.") from error
+        raise ArchiveError(f"{first} is not a whole index: {error}", "Download the model again.") from error
+
+
+def _safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if path.stat().st_size != 8 + length + end:
+        raise ValueError(f"it has {path.stat().st_size} bytes of {8 + length + end}")
+    return {name: tuple(entry["shape"]) for name, entry in header.items()}
 
 
 def parameters(shapes: Shapes) -> int:
@@ -123,15 +150,32 @@ def parameters(shapes: Shapes) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 
 
+# What files of older models hold besides weights; transformers makes these anew.
+_BUFFER = re.compile(r"\.(inv_freq|masked_bias|attn\.bias|attention\.bias)$")
+_OUTPUT = re.compile(r"(^|\.)(lm_head|embed_out)\.")
+
+
 def differences(archive: Shapes, model: Shapes) -> list[str]:
-    """Where a checkpoint does not fit a model, in words. A tied output layer is in checkpoints, but not in models."""
-    found = [f"{name} is missing" for name in model if name not in archive]
+    """Where a checkpoint does not fit a model, in words.
+
+    A tied output layer is in checkpoints, but not in models; and some models' names lack the prefix of the part that
+    is not the output layer, e.g. `transformer.`, as transformers allows.
+    """
+    prefixes = {name.partition(".")[0] for name in archive if not _OUTPUT.search(name)}
+    wanted = {}
+    for name, shape in model.items():
+        if not _BUFFER.search(name):
+            known = (each for each in (name, *(f"{prefix}.{name}" for prefix in prefixes)) if each in archive)
+            wanted[next(known, name)] = shape
+    found = [f"{name} is missing" for name in wanted if name not in archive and not _OUTPUT.search(name)]
     found += [
-        f"{name} is not the model's" for name in archive if name not in model and not name.endswith("lm_head.weight")
+        f"{name} is not the model's"
+        for name in archive
+        if name not in wanted and not _OUTPUT.search(name) and not _BUFFER.search(name)
     ]
     found += [
         f"{name} is {'x'.join(map(str, archive[name]))}, not {'x'.join(map(str, shape))}"
-        for name, shape in model.items()
+        for name, shape in wanted.items()
         if name in archive and archive[name] != shape
     ]
     return found
