@@ -57,7 +57,7 @@ def test_a_run_with_nothing_wrong_shows_its_plan_and_starts_nothing(check: Check
     done = check("sft", "--data", write(tmp_path / "rows", rows(64), rows(48)))
     assert done.returncode == 0, done.stderr
     assert "error" not in done.stderr
-    assert re.search(r"optimizer steps +24\n", done.stdout), "64 prompts in batches of 16, 6 times"
+    assert re.search(r"optimizer steps +24, 384 examples in all\n", done.stdout), "64 prompts in batches of 16, 6 times"
     assert re.search(r"weights +2\.6 MB = 658,048 x 4 bytes\n", done.stdout)
     assert not (tmp_path / ".cache").exists()
 

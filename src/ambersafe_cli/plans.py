@@ -35,6 +35,7 @@ class Plan:
     """What a run will do: counts; sizes in bytes, None where the model's size is not known."""
 
     examples_an_epoch: int
+    examples: int
     steps: int
     evaluations: int
     checkpoints_kept: int
@@ -66,6 +67,7 @@ def make_plan(
     checkpoint = size * weights * (1 + states) if size else None
     return Plan(
         examples_an_epoch=n,
+        examples=steps * batch,
         steps=steps,
         evaluations=saves + bool(config["do_first_eval"]) + bool(config.get("do_final_eval")),
         checkpoints_kept=kept + 1,
@@ -144,7 +146,7 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
     """The plan in words, with the arithmetic."""
     rows = [
         ("examples an epoch", f"{plan.examples_an_epoch:,}"),
-        ("optimizer steps", f"{plan.steps:,}"),
+        ("optimizer steps", f"{plan.steps:,}, {plan.examples:,} examples in all"),
         ("evaluations", f"{plan.evaluations:,}"),
     ]
     if plan.parameters and plan.checkpoint_bytes and plan.disk_bytes and plan.memory is not None:

@@ -300,6 +300,7 @@ def _record(prepared: Prepared, report: preflight.Report | None) -> dict[str, An
         "machine": provenance.of_machine(),
         "working_folder": str(Path.cwd()),
         "working_folder_git": provenance.of_working_folder(Path.cwd()),
+        "planned_examples": report.plan.examples if report and report.plan else None,
         "preflight": provenance.of_findings(report.findings if report else None),
         "allow_modified": prepared.allow_modified,
         "next_command": prepared.next_command,
