@@ -27,6 +27,7 @@ def surroundings_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> None:
     # In the background of a shell Ctrl-C and Ctrl-\ are ignored, and a child would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and under nohup this one
     os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf_home"))
     for variable in ("AMBERSAFE_UPSTREAM_DIR", "SAFERLHF_DATASET", "SAFERLHF_REVISION", "CUDA_VISIBLE_DEVICES"):
         os.environ.pop(variable, None)

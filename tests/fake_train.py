@@ -51,6 +51,14 @@ match os.environ.get("FAKE", "train"):
         os.kill(os.getpid(), signal.SIGSEGV)
     case "nothing":
         print("starting 0 processes")
+    case "wait":
+        print("waiting", flush=True)
+        time.sleep(600)
+    case "finish":  # a signal comes when all is saved
+        save(run_folder)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        print("waiting", flush=True)
+        time.sleep(600)
     case "hang":
         # A worker in a session of its own, as torchrun starts them, and both of them deaf to SIGTERM.
         worker = subprocess.Popen(

@@ -38,7 +38,7 @@ from test_upstream import (  # noqa: F401, fixtures
     workshop,
 )
 
-from ambersafe_cli import attempts, cloning, errors, integrity, launch, records, recovery, reports, runs, upstream
+from ambersafe_cli import attempts, cloning, errors, integrity, launch, records, recovery, runs, show, upstream
 
 pytestmark = pytest.mark.slow
 
@@ -551,12 +551,12 @@ def test_no_json_in_run_json_is_more_than_its_readers_can_take(
     run = runs.folder_of_runs() / "run"
     run.mkdir(parents=True, exist_ok=True)
     (run / "run.json").write_text(json.dumps(value))
-    reports.runs(as_json=False)
-    reports.runs(as_json=True)
+    show.table(as_json=False)
+    show.table(as_json=True)
     for reader in (
         lambda: runs.newest_finished_sft("m", None),
-        lambda: attempts.resume(None, None, False),
-        lambda: attempts.resume(run, None, False),
+        lambda: attempts.resume(None, None, False, False),
+        lambda: attempts.resume(str(run), None, False, False),
     ):
         with pytest.raises(errors.AmberSafeError):
             reader()

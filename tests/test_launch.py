@@ -58,7 +58,7 @@ def test_a_run_leaves_its_folder_complete_and_nothing_else(
     assert done.returncode == 0, done.stderr
     (run,) = runs_of(fake_clone)
     assert {path.name for path in fake_clone.parent.iterdir()} == {".cache", fake_clone.name}
-    assert {path.name for path in run.iterdir()} == {"run.json", "train.log", "called.json", "LATEST"}
+    assert {path.name for path in run.iterdir()} == {".lock", "run.json", "train.log", "called.json", "LATEST"}
 
     called = read_json(run / "called.json")
     assert called["config"]["model.name_or_path"] == str(model)

@@ -15,6 +15,8 @@ from test_real_upstream import model  # noqa: F401, a fixture
 from ambersafe_cli import checkpoints, demo, plans
 from ambersafe_cli.errors import ArchiveError
 
+pytestmark = pytest.mark.slow
+
 
 def rows(number: int, **values: Any) -> list[dict[str, Any]]:
     return [
@@ -329,3 +331,28 @@ def test_a_file_of_weights_that_is_cut_off_is_an_error(check: Check, tmp_path: P
     done = check("sft", "--data", data)
     assert done.returncode == 76
     assert "model.safetensors is not a whole file of weights" in done.stderr
+
+
+def test_a_config_of_a_model_that_is_damaged_is_an_error(check: Check, tmp_path: Path) -> None:
+    data = write(tmp_path / "rows", rows(64), rows(48))
+    broken = tmp_path / "broken"
+    shutil.copytree(check.model, broken)
+    (broken / "config.json").write_text('{"architectures": ')
+    check.model = broken
+    done = check("sft", "--data", data)
+    assert done.returncode == 76
+    assert "broken/config.json" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "checkpoints"),
+    [((), 2), (("eval_every=96",), 4), (("--save-every", "32"), 4), (("--save-every", "32", "--keep", "all"), 12)]
+    + [(("--save-every", "5m"), 4)],
+)
+def test_the_plan_counts_the_checkpoints_that_will_be_there_at_once(
+    check: Check, tmp_path: Path, given: tuple[str, ...], checkpoints: int
+) -> None:
+    """24 steps of 16 examples: one evaluation between, or one each 6 steps, or a save each 2."""
+    data = write(tmp_path / "rows", rows(64), rows(48))
+    done = check("sft", "--data", data, "eval_every=320", *given)
+    assert f"= {checkpoints} checkpoints" in done.stdout

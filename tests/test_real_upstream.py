@@ -356,7 +356,9 @@ def test_a_model_in_the_users_cache_is_found_offline_and_its_commit_written_down
         assert record["model"] == {"name": "org/tiny", "revision": revision, "commit": commit}
     failed = run_ambersafe(*given, "--model-revision", "v2", "--exp-name", "no", cwd=tmp_path, env=env)
     assert failed.returncode == 76
-    assert "org/tiny is not in the Hugging Face cache" in failed.stderr, "no such tag in the cache, and no network"
+    assert "org/tiny at v2 is not in the Hugging Face cache" in failed.stderr, (
+        "no such tag in the cache, and no network"
+    )
 
 
 def test_demo_ends_with_both_checkpoints_and_what_it_promises(

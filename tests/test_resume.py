@@ -181,7 +181,7 @@ def test_a_run_does_not_go_on_with_a_clone_that_has_changed(
     (run / "run.json").write_text(recorded)
     done = run_ambersafe("resume", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "is edited or has moved on: the run's own series is in" in done.stderr
+    assert "with edits, and the run was started with" in done.stderr
     assert (
         "# mine" not in (tmp_path / "clone.worktrees" / git(clone, "rev-parse", "HEAD")[:12] / "utils.py").read_text()
     )

@@ -14,15 +14,20 @@ from ambersafe_cli import (
     display,
     environment,
     launch,
+    locks,
     metrics,
     patches,
     provenance,
+    recorded,
     recovery,
     runs,
     upstream,
-    worktrees,
 )
-from ambersafe_cli.errors import CloneError, NoCheckpointError, RunFolderError, UsageError
+from ambersafe_cli.errors import (
+    NoCheckpointError,
+    RunFolderError,
+    UsageError,
+)
 from ambersafe_cli.overrides import assign
 
 STOPPING = "stopping: a checkpoint is saved when this step has ended; once more (Ctrl-C) stops at once"
@@ -34,7 +39,8 @@ def run(plan: launch.Launch, record: runs.Record) -> int:
     `record` is what run.json says of what is trained.
     Raises RunFolderError, UsageError if another process has the folder, NoCheckpointError if nothing is left of it.
     """
-    with runs.locked(plan.run_folder):
+    with locks.locked(plan.run_folder):
+        locks.take_stop_request(plan.run_folder)
         runs.require_empty(plan.run_folder)  # another run may have been here since it was made
         return _attempt(plan, record)
 
@@ -46,7 +52,6 @@ def _attempt(plan: launch.Launch, record: runs.Record, also: Mapping[str, Any] |
     """
     folder = plan.run_folder
     with upstream.in_use(plan.clone):
-        runs.take_stop_request(folder)  # one that came after an earlier attempt had ended
         earlier = record.get("attempts") or []
         number = len(earlier) + 1
         started = {"started": runs.now(), "host": runs.host(), "pid": os.getpid(), "command": list(plan.argv)}
@@ -59,11 +64,17 @@ def _attempt(plan: launch.Launch, record: runs.Record, also: Mapping[str, Any] |
         try:
             if number > 1:
                 metrics.begin_attempt(log_file, number)
-            outcome = launch.run(plan, log_file, lambda: display.say(STOPPING), lambda: runs.take_stop_request(folder))
+            outcome = launch.run(plan, log_file, lambda: display.say(STOPPING), lambda: _listen(folder))
         except BaseException:
             runs.write(folder, {**record, "status": "failed", "ended": runs.now()})
             raise
         return _end(folder, record, outcome)
+
+
+def _listen(folder: Path) -> bool:
+    """Called every second: give a sign of life, and hear whether the run shall stop."""
+    locks.give_sign_of_life(folder)
+    return locks.take_stop_request(folder)
 
 
 def _end(folder: Path, record: runs.Record, outcome: launch.Outcome) -> int:
@@ -105,6 +116,10 @@ def _show_end(folder: Path, record: runs.Record, log: metrics.Log) -> None:
         shown = [f"{key.replace('_eval', '').replace('/eval', '')} {value:.5g}" for key, value in last.values.items()]
         display.say(f"held out, after {last.examples} examples: {', '.join(shown)}")
     display.say(f"checkpoint: {runs.checkpoint(folder)}")
+    metric = recorded.keep_best(record)
+    best, value = (metric and runs.best_checkpoint(folder, metric)) or (folder / "LATEST", 0.0)
+    if best.name != "LATEST":
+        display.warn(f"{best / 'policy.pt'} was better by {metric}: {value:.5g}; `ambersafe dpo --archive` takes it")
     display.say(f"next: {shlex.join(record['next_command'])}")
 
 
@@ -125,16 +140,23 @@ def resume(name: str | None, python: str | None, allow_modified: bool, detach: b
     folder = runs.find(name) if name is not None else _newest_unfinished()
     if detach:
         return control.detach(folder, python, allow_modified)
-    with runs.locked(folder):
+    with locks.locked(folder):
+        locks.take_stop_request(folder)  # one that came after an earlier attempt had ended
+        runs.require_not_elsewhere(folder)
         record = runs.read(folder)  # only now: whoever had the lock may have changed it
         if record is None:
             raise UsageError(f"{folder} is not the folder of a run.", "`ambersafe runs` lists them.")
         if record["status"] == "finished":
             raise UsageError(f"{folder} has finished.", f"Its checkpoint is {runs.checkpoint(folder)}.")
-        clone = recorded_clone(record["upstream"], allow_modified)
-        command = command_in(record, clone, folder, python)
-        child = environment.probe(command[0])
+        clone = recorded.clone(record["upstream"], allow_modified)
+        pins, settings = recorded.pinned(record, folder)
+        command = [*recorded.command(record, clone, folder, python), *pins]
+        child = environment.probe(command[0], ask_torch=True)
         child.require_packages()
+        for error in recorded.changed_inputs(record, settings, child.python):
+            if not allow_modified:
+                raise error
+            display.warn(error.message)
         checkpoint = recovery.put_in_order(folder)
         if checkpoint:
             if not record["upstream"]["can_resume"]:
@@ -149,43 +171,11 @@ def resume(name: str | None, python: str | None, allow_modified: bool, detach: b
             "allow_modified": allow_modified,
             "upstream": {"folder": str(clone), "head": state.head, "tree": state.tree, "edited": list(state.edited)},
         }
-        return _attempt(launch.Launch(folder, clone, tuple(command), record["environment"], 1, ()), record, also)
+        return _attempt(launch.Launch(folder, clone, tuple(command), settings, 1, ()), record, also)
 
 
 def _newest_unfinished() -> Path:
-    found = [run for run in runs.list_runs() if run.record["status"] != "finished"]
+    found = [run for run in runs.list_runs() if run.status not in ("finished", "running")]
     if not found:
         raise UsageError(f"There is no unfinished run under {runs.folder_of_runs()}.", "Give the folder of one.")
     return found[-1].folder
-
-
-def recorded_clone(recorded: Mapping[str, Any], allow_modified: bool) -> Path:
-    """The folder that holds upstream as a run was started with it: the clone, or a worktree if that has moved on.
-
-    Raises CloneError where that cannot be had: the numbers would not be the run's.
-    """
-    clone = Path(recorded["folder"])
-    if not recorded["edited"] and not allow_modified:
-        folder = worktrees.folder_at(clone, recorded["head"])
-        if folder != clone:
-            display.warn(f"{clone} is edited or has moved on: the run's own series is in {folder}")
-        return folder
-    state = upstream.inspect(clone, patches.read_series())
-    if (state.head, bool(state.edited)) != (recorded["head"], bool(recorded["edited"])) and not allow_modified:
-        raise CloneError(
-            f"{clone} was edited when the run was started, and is not what it was.",
-            "--allow-modified goes on with it as it is.",
-        )
-    return clone
-
-
-def command_in(record: runs.Record, clone: Path, folder: Path, python: str | None) -> list[str]:
-    """The command of a run's first attempt, in another run folder, with another clone's train.py and another Python."""
-    places = {"local_run_dir": folder, "hydra.run.dir": folder / "hydra"}
-    words = [python or record["command"][0]]
-    for word in record["command"][1:]:
-        key = word.partition("=")[0]
-        if key in places:
-            word = assign(key, str(places[key]))
-        words.append(str(clone / "train.py") if key == word and Path(word).name == "train.py" else word)
-    return words

@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from ambersafe_cli import display, runs
+from ambersafe_cli import display, locks, runs
 from ambersafe_cli.errors import UsageError
 
 
@@ -20,7 +20,7 @@ def detach(folder: Path, python: str | None, allow_modified: bool) -> int:
     begin = log.stat().st_size if log.exists() else 0
     with log.open("ab") as file:
         child = subprocess.Popen(
-            [sys.executable, "-m", "ambersafe_cli", "resume", str(folder)]
+            [sys.executable, "-P", "-m", "ambersafe_cli", "resume", str(folder)]  # -P: no module of the working folder
             + (["--python", python] if python else [])
             + (["--allow-modified"] if allow_modified else []),
             stdin=subprocess.DEVNULL,
@@ -28,8 +28,13 @@ def detach(folder: Path, python: str | None, allow_modified: bool) -> int:
             stderr=file,
             start_new_session=True,  # a SIGHUP of the terminal does not reach it
         )
-    while child.poll() is None and _attempts(folder) == before:
-        time.sleep(0.1)
+    try:
+        while child.poll() is None and _attempts(folder) == before:
+            time.sleep(0.1)
+    except KeyboardInterrupt:  # whoever presses Ctrl-C wants no run in the background
+        child.terminate()
+        child.wait()
+        raise
     if _attempts(folder) == before:
         display.say(log.read_bytes()[begin:].decode(errors="replace").strip())
         return child.returncode or 70
@@ -55,8 +60,8 @@ def stop(name: str, now: bool) -> int:
         raise UsageError(f"{folder} is not running.", "`ambersafe runs` shows which are.")
     display.say("stopping it: a checkpoint is saved when its step has ended" if not now else "stopping it at once")
     for _ in range(2 if now else 1):
-        runs.ask_to_stop(folder)
-        while runs.is_running(folder) and (folder / "stop").exists():
+        locks.ask_to_stop(folder)
+        while runs.is_running(folder) and locks.is_asked_to_stop(folder):
             time.sleep(0.1)
     while runs.is_running(folder):
         time.sleep(0.1)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ambersafe_cli.errors import DataError
 from ambersafe_cli.findings import Finding
 
 if TYPE_CHECKING:
@@ -38,8 +39,20 @@ def look_at_data(
         "sample": SAMPLE,
     }
     rows = {"SAFERLHF_DATASET": stage.data, "SAFERLHF_REVISION": stage.data_revision or ""}
+    return _ask(environment.python, request, rows)
+
+
+def fingerprints(python: str, rows: Mapping[str, str]) -> dict[str, str]:
+    """The fingerprint of each split of the rows that two environment variables name. Raises DataError."""
+    answer = _ask(python, {"saferlhf": str(_SAFERLHF)}, rows)
+    if "error" in answer:
+        raise DataError(f"Cannot read {rows.get('SAFERLHF_DATASET')}: {answer['error']}")
+    return {name: split["fingerprint"] for name, split in answer["splits"].items()}
+
+
+def _ask(python: str, request: Mapping[str, Any], rows: Mapping[str, str]) -> dict[str, Any]:
     child = subprocess.run(
-        [environment.python, str(_LOOK_AT_DATA), json.dumps(request)],
+        [python, str(_LOOK_AT_DATA), json.dumps(request)],
         env={**os.environ, **rows},
         capture_output=True,
         text=True,

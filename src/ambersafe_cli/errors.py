@@ -107,3 +107,10 @@ class HubError(AmberSafeError):
 
     exit_status = 77
     kind = "a model or data cannot be fetched from the Hugging Face hub into the cache"
+
+
+class NotReproducedError(AmberSafeError):
+    """A run that was done again came to other metrics."""
+
+    exit_status = 78
+    kind = "a run was done again, and its metrics are others"

@@ -152,9 +152,9 @@ def run(launch: Launch, log: Path, on_signal: Callable[[], None], is_stop_asked:
             _kill_all(child, mark)
         for pump in pumps:
             pump.join(timeout=5)
-    if received:
-        return Outcome(128 + received[0], interrupted=True)
     status = child.returncode
+    if received and status != 0:  # else it came to its end all the same
+        return Outcome(128 + received[0], interrupted=True)
     return Outcome(status if status >= 0 else 128 - status, interrupted=False)
 
 

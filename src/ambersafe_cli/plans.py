@@ -59,7 +59,11 @@ def make_plan(
     n = data["splits"]["train"]["examples"]
     steps = count_steps(n, batch, config["n_epochs"], config["n_examples"], bool(config.get("fill_last_batch")))
     saves = max(steps * batch - 1, 0) // every
-    kept = saves if config.get("keep_checkpoints") is None else min(saves, config["keep_checkpoints"] + 1)
+    between = config.get("save_every_examples")
+    written = saves + (max(steps * batch - 1, 0) // max(between, batch) if isinstance(between, int) else 0)
+    if config.get("save_every_minutes") and config.get("keep_checkpoints") is not None:
+        written = max(written, config["keep_checkpoints"] + 1)  # how many it will be depends on the machine
+    kept = written if config.get("keep_checkpoints") is None else min(written, config["keep_checkpoints"] + 1)
     kept += config.get("keep_best") is not None
     size = checkpoints.parameters(model) if model else None
     weights = _BYTES.get(str(config["model.policy_dtype"]), 4)

@@ -39,7 +39,10 @@ class Report:
 
 @dataclass(frozen=True)
 class Subject:
-    """What preflight looks at: a stage fitted to clone and machine, and how many processes will train it."""
+    """What preflight looks at: a stage fitted to clone and machine, and how many processes will train it.
+
+    `expected_head` is the commit of a clone that is known to be right already.
+    """
 
     stage: "Stage"
     clone: "CloneState"
@@ -48,6 +51,7 @@ class Subject:
     processes: int
     expected_base: str
     allow_modified: bool
+    expected_head: str | None = None
 
 
 def check(subject: Subject) -> Report:
@@ -67,7 +71,10 @@ def check(subject: Subject) -> Report:
         findings += _of_archive(subject.stage, shapes)
     except ArchiveError as error:
         findings.append(Finding("error", error.message, error.hint))
-    findings += _of_block(subject.stage, model, config)
+    try:
+        findings += _of_block(subject.stage, model, config)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        findings.append(Finding("error", f"Cannot read {model}/config.json: {error}", "Download the model again."))
     plan, data = None, None
     can_look = not hub.offline_by() or not any(lacking[source] for source in sources[1:])
     if config["datasets"] == ["saferlhf"] and not subject.environment.missing and can_look:
@@ -102,6 +109,8 @@ def _read_mapping(path: Path) -> Mapping[str, Value]:
 
 def _of_clone(subject: Subject) -> Iterator[Finding]:
     clone = subject.clone
+    if subject.expected_head:  # of an older run, whose series need not be today's
+        return
     level: Literal["error", "warning"] = "warning" if subject.allow_modified else "error"
     go_on = "or go on with --allow-modified, which run.json records."
     if clone.edited or clone.foreign or any(p.state == "altered" for p in clone.patches):
@@ -219,15 +228,20 @@ def _of_archive(stage: "Stage", model: checkpoints.Shapes | None) -> Iterator[Fi
         )
 
 
+def _architectures(model: Path) -> list[str]:
+    found = json.loads((model / "config.json").read_text(encoding="utf-8")).get("architectures")
+    return [str(each) for each in found or []]
+
+
 def _of_block(stage: "Stage", model: Path | None, config: Mapping[str, Any]) -> Iterator[Finding]:
     """FSDPTrainer wraps layers of a class that the config names; transformers calls it as the model's type begins."""
     block = config.get("model.block_name")
+    architectures = _architectures(model) if model else []
     if "FSDP" not in stage.trainer or model is None:
         return
     if not block:
         yield Finding("error", "FSDPTrainer needs model.block_name.", "Add e.g. model.block_name=LlamaDecoderLayer.")
         return
-    architectures = json.loads((model / "config.json").read_text()).get("architectures") or []
     name = architectures[0].removesuffix("ForCausalLM").removesuffix("LMHeadModel") if architectures else ""
     if name and not str(block).startswith(name):
         yield Finding(

@@ -76,6 +76,7 @@ def of_clone(clone: "CloneState", can_resume: bool) -> dict[str, Any]:
         "head": clone.head,
         "tree": clone.tree,
         "edited": list(clone.edited),
+        "edits": clone.edits,
         "on_top": list(clone.foreign),
         "can_resume": can_resume,
         "patches": {p.patch.name: p.state for p in clone.patches},

@@ -2,86 +2,81 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ambersafe_cli import (
-    attempts,
-    data_findings,
     display,
     environment,
-    hub,
     launch,
+    metrics,
     patches,
     preflight,
     provenance,
     recipe,
+    recorded,
     runs,
     stages,
     upstream,
 )
-from ambersafe_cli.errors import UsageError
-from ambersafe_cli.overrides import assign, parse_overrides
+from ambersafe_cli.errors import NotReproducedError, UsageError
+from ambersafe_cli.overrides import parse_overrides
 
 _TIME = re.compile(r"_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d+$")
 
 
 def run(name: str, python: str | None, allow_modified: bool, dry_run: bool) -> int:
-    """List what is no longer as it was, train again in a new run folder, compare the last metrics.
+    """Check as before a new run, list what is no longer as it was, train again in a new run folder, compare.
 
     Returns train.py's exit status. Raises UsageError for a run that cannot be done again, CloneError if the series that
-    it was started with is gone.
+    it was started with is gone, PreflightError, NotReproducedError.
     """
     folder = runs.find(name)
     record = runs.read(folder)
-    if record is None or not record.get("command"):
-        raise UsageError(f"{folder} does not say how it was run.", "Its run.json was made by another version.")
-    prepared = _prepare(folder, record, python, allow_modified)
-    config = preflight.effective_config(stages.subject(prepared))
-    looked = None
-    if prepared.stage.data:
-        tokenizer = hub.sources(config, prepared.stage.data, prepared.stage.data_revision)[1]
-        looked = data_findings.look_at_data(prepared.stage, prepared.environment, config, tokenizer)
-    for what, then, now in differences(record, prepared, looked):
+    try:
+        assert record is not None  # noqa: S101, find has read it
+        prepared = _prepare(folder, record, python, allow_modified)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UsageError(
+            f"{folder / 'run.json'} does not say all that it takes: {error}.", "Another version may have written it."
+        ) from error
+    report = preflight.check(stages.subject(prepared, prepared.clone.head))
+    for what, then, now in differences(record, prepared, report.data):
         display.warn(f"{what} was {then}, and is {now}")
+    stages.require(report)
     if dry_run:
         display.write(prepared.launch.as_shell())
         return 0
-    status = stages.start(prepared, preflight.Report((), None, looked))
+    status = stages.start(prepared, report)
     if status == 0:
-        compare(record, runs.read(prepared.launch.run_folder) or {})
+        compare(folder, prepared.launch.run_folder)
     return status
 
 
 def _prepare(folder: Path, record: runs.Record, python: str | None, allow_modified: bool) -> stages.Prepared:
     """What `stages.prepare` makes of flags, from a record: the same command in a new folder."""
-    clone = attempts.recorded_clone(record["upstream"], allow_modified)
+    clone = recorded.clone(record["upstream"], allow_modified)
     new = runs.folder_for(_TIME.sub("", folder.name))
-    command = attempts.command_in(record, clone, new, python)
-    overrides = [*record["overrides"]]
-    if commit := record["model"].get("commit"):
-        command.append(assign("model.revision", commit))
-        overrides.append(assign("model.revision", commit))
-    data = record["data"]
-    revision = data.get("commit") or data["revision"]
+    pins, settings = recorded.pinned(record, folder)
     stage = recipe.Stage(
         name=record["stage"],
         recipe=record["recipe"]["source"],
-        values=record["values"],
+        values=dict(record["values"]),
         explicit=frozenset(),
-        overrides=parse_overrides(overrides),
-        data=data["name"],
-        data_revision=revision,
+        overrides=parse_overrides([*record["overrides"], *pins]),
+        data=record["data"]["name"],
+        data_revision=settings.get("SAFERLHF_REVISION") or None,
     )
-    settings = {**record["environment"], "SAFERLHF_REVISION": revision or ""}
-    child = environment.probe(command[0], ask_torch=True)
+    command = [*recorded.command(record, clone, new, python), *pins]
+    known = {field.name for field in fields(recipe.Recipe)}
     return stages.Prepared(
         stage=stage,
-        launch=launch.Launch(new, clone, tuple(command), settings, record.get("processes", 1), ()),
+        launch=launch.Launch(new, clone, tuple(command), settings, int(record.get("processes") or 1), ()),
         clone=upstream.inspect(clone, patches.read_series()),
-        recipe=recipe.Recipe(**record["recipe"]),
-        environment=child,
-        sft_run=Path(record["sft_run"]) if record["sft_run"] else None,
+        recipe=recipe.Recipe(**{key: value for key, value in record["recipe"].items() if key in known}),
+        environment=environment.probe(command[0], ask_torch=True),
+        sft_run=Path(record["sft_run"]) if record.get("sft_run") else None,
         next_command=[word.replace(str(folder), str(new)) for word in record["next_command"]],
         allow_modified=allow_modified,
     )
@@ -91,13 +86,14 @@ def differences(
     record: runs.Record, prepared: stages.Prepared, looked: Mapping[str, Any] | None
 ) -> Iterator[tuple[str, object, object]]:
     """What is no longer as it was when the run was started: its name, then and now. What no record has is not told."""
-    stage, archive = prepared.stage, prepared.stage.get("model.archive")
+    clone = prepared.clone
     now: dict[str, Any] = {
+        "upstream": {"head": clone.head, "edits": clone.edits},
         "python": provenance.of_python(prepared.environment),
         "machine": provenance.of_machine(),
         "variables": provenance.of_variables(),
-        "data": {key: provenance.of_data(stage, looked)[key] for key in ("counts", "fingerprint")},
-        "archive": {"fingerprint": provenance.of_checkpoint(archive)},
+        "data": {key: provenance.of_data(prepared.stage, looked)[key] for key in ("counts", "fingerprint")},
+        "archive": {"fingerprint": provenance.of_checkpoint(prepared.stage.get("model.archive"))},
     }
     then = {**record, "archive": {"fingerprint": record.get("archive_fingerprint")}}
     for part, values in now.items():
@@ -105,7 +101,7 @@ def differences(
 
 
 def _differ(name: str, then: object, now: object) -> Iterator[tuple[str, object, object]]:
-    if then is None or then == now:
+    if then == now or (then is None and name != "upstream.edits"):
         return
     if isinstance(then, dict) and isinstance(now, dict):
         for key in sorted({**then, **now} if name == "variables" else then.keys() & now.keys()):
@@ -117,16 +113,25 @@ def _differ(name: str, then: object, now: object) -> Iterator[tuple[str, object,
         yield name, then, now
 
 
-def compare(before: runs.Record, after: runs.Record) -> None:
-    """Show the last metrics of both runs, as printed, and whether they are the same."""
-    then, now = before.get("last_metrics") or {}, after.get("last_metrics") or {}
-    if not then:
-        display.say("the first run has no evaluation to compare with")
+def compare(first: Path, second: Path) -> None:
+    """Compare the last evaluation that both runs did, after as many examples. Raises NotReproducedError."""
+    before, after = (
+        {record.examples: record.values for record in metrics.read_log(folder / "train.log").evaluations()}
+        for folder in (first, second)
+    )
+    common = sorted(before.keys() & after.keys())
+    if not common:
+        display.say("the first run was not evaluated where this one was: there is nothing to compare")
         return
-    differ = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+    examples = common[-1]
+    then, now = before[examples], after[examples]
+    differ = [key for key in {**then, **now} if str(then.get(key)) != str(now.get(key))]
     if not differ:
-        display.say(f"reproduced: all {len(then)} metrics of the last evaluation are the same to every printed digit")
+        how = f"all {len(then)} metrics held out after {examples} examples are the same to every printed digit"
+        display.say(f"reproduced: {how}")
         return
     rows = [(key, str(then.get(key, "")), str(now.get(key, ""))) for key in {**then, **now}]
-    display.write_table("The last evaluation", ("metric", "then", "now"), rows)
-    display.say(f"not reproduced: {len(differ)} of {len(rows)} metrics differ")
+    display.write_table(f"Held out, after {examples} examples", ("metric", "then", "now"), rows)
+    raise NotReproducedError(
+        f"Not reproduced: {len(differ)} of {len(rows)} metrics differ.", "What is no longer as it was is listed above."
+    )

@@ -4,18 +4,17 @@ import contextlib
 import datetime
 import difflib
 import errno
-import fcntl
 import getpass
 import json
+import math
 import os
 import socket
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ambersafe_cli import display, records
+from ambersafe_cli import display, locks, records
 from ambersafe_cli.errors import ArchiveError, RunFolderError, UsageError
 
 Record = dict[str, Any]
@@ -57,7 +56,7 @@ def make(folder: Path) -> None:
 
 def require_empty(folder: Path) -> None:
     """Raise UsageError if a run's folder holds something."""
-    if any(folder.iterdir()):
+    if any(path.name != locks.FILE for path in folder.iterdir()):
         raise UsageError(f"The run folder {folder} is not empty.", "Give another local_run_dir, or none.")
 
 
@@ -121,56 +120,25 @@ def checkpoint(folder: Path) -> Path:
     return folder / "LATEST" / "policy.pt"
 
 
-def ask_to_stop(folder: Path) -> None:
-    """Leave a word for the process that has the run, on whatever machine it is. Raises RunFolderError."""
-    try:
-        (folder / "stop").touch()
-    except OSError as error:
-        raise RunFolderError(f"Cannot write {folder / 'stop'}: {error.strerror}") from error
-
-
-def take_stop_request(folder: Path) -> bool:
-    """Whether somebody asked the run to stop since it was last looked for."""
-    try:
-        (folder / "stop").unlink()
-    except OSError:
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the run's folder for this process. Raises UsageError if another one has it."""
-    deadline = time.monotonic() + 1  # who only asks whether it is running has the lock for a moment
-    while True:
-        with _folder_lock(folder) as is_ours:
-            if is_ours:
-                yield
-                return
-        if time.monotonic() > deadline:
-            raise UsageError(f"The run {folder} is still running.", f"Stop it: `ambersafe stop {folder.name}`.")
-        time.sleep(0.02)
-
-
-@contextlib.contextmanager
-def _folder_lock(folder: Path) -> Iterator[bool]:
-    """Try to lock a folder; the lock goes with the process, however it ends. True where there are no locks."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield True
-    except BlockingIOError:
-        yield False
-    except OSError:
-        yield True
-    finally:
-        os.close(handle)
-
-
 def is_running(folder: Path) -> bool:
-    """Whether a process on this machine (or on a shared disk with locks) has the run."""
-    with _folder_lock(folder) as is_ours:
-        return not is_ours
+    """Whether a process has the run: by its lock, or, on another machine that may not see that, by its sign of life."""
+    return locks.is_held(folder) or _is_elsewhere(read_or_warn(folder), folder)
+
+
+def require_not_elsewhere(folder: Path) -> None:
+    """Raise UsageError if another machine seems to have the run, whose lock was got: not every disk tells of locks."""
+    record = read_or_warn(folder)
+    if record and _is_elsewhere(record, folder):
+        raise UsageError(
+            f"The run {folder} is still running on {record['attempts'][-1].get('host')}.",
+            f"If that machine is gone, try again in {locks.SIGN_OF_LIFE} s.",
+        )
+
+
+def _is_elsewhere(record: Record | None, folder: Path) -> bool:
+    if record is None or record["status"] != "running" or not record["attempts"]:
+        return False
+    return record["attempts"][-1].get("host") != host() and locks.gave_sign_of_life(folder)
 
 
 @dataclass(frozen=True)
@@ -187,7 +155,7 @@ def look(folder: Path) -> Run | None:
     record = read_or_warn(folder)
     if record is None:
         return None
-    died = record["status"] == "running" and not is_running(folder)
+    died = record["status"] == "running" and not (locks.is_held(folder) or _is_elsewhere(record, folder))
     return Run(folder, record, "died" if died else record["status"])
 
 
@@ -233,6 +201,20 @@ def steps(folder: Path, suffix: str = "") -> list[Path]:
     """The checkpoints `step-N` of a run, whole or not, or its folders `step-N<suffix>`, the newest first."""
     found = {path: path.name.removeprefix("step-").removesuffix(suffix) for path in folder.glob(f"step-*{suffix}")}
     return sorted((path for path, n in found.items() if n.isdecimal()), key=lambda path: -int(found[path]))
+
+
+def best_checkpoint(folder: Path, metric: str) -> tuple[Path, float] | None:
+    """Of a run's checkpoints, LATEST among them, the one whose evaluation was best by a metric, and that; or None."""
+    values = {}
+    for path in (folder / "LATEST", *steps(folder)):
+        with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
+            value = json.loads((path / "metrics.json").read_text(encoding="utf-8")).get(metric)
+            if isinstance(value, int | float) and math.isfinite(value):
+                values[path] = float(value)
+    if not values:
+        return None
+    best = (min if metric.startswith("loss") else max)(values, key=values.__getitem__)
+    return best, values[best]
 
 
 def newest_finished_sft(model: str, revision: str | None) -> Path:

@@ -1,6 +1,5 @@
 """Runs for people: one of them in full, and all of them as a table."""
 
-import contextlib
 import datetime
 import json
 import shlex
@@ -8,9 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ambersafe_cli import display, metrics, runs
+from ambersafe_cli import display, metrics, recorded, runs
 from ambersafe_cli.errors import UsageError
-from ambersafe_cli.overrides import parse_overrides
 
 _SHORT = 12
 """Digits of a commit or fingerprint that are shown; --json has all."""
@@ -126,28 +124,14 @@ def _steps(run: runs.Run) -> list[metrics.Record]:
 
 def _checkpoints(run: runs.Run) -> Iterator[tuple[str, str]]:
     """The checkpoints that are there, the newest first, and what each is."""
+    metric = recorded.keep_best(run.record)
+    best, value = (metric and runs.best_checkpoint(run.folder, metric)) or (None, None)
+    by = f", the best by {metric}: {_number(value)}"
     if runs.checkpoint(run.folder).is_file():
-        yield "LATEST/policy.pt", f", the final weights{_fingerprint(run.record, 'checkpoint_fingerprint')}"
-    metric = _keep_best(run.record)
-    steps = runs.steps(run.folder)
-    values = {}
-    for step in steps if metric else ():
-        with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
-            value = json.loads((step / "metrics.json").read_text(encoding="utf-8")).get(metric)
-            if isinstance(value, int | float):
-                values[step] = value
-    best = (min if str(metric).startswith("loss") else max)(values, key=values.__getitem__) if values else None
-    for step in steps:
-        yield step.name, f", the best by {metric}: {_number(values[step])}" if step == best else ""
-
-
-def _keep_best(record: runs.Record) -> str | None:
-    """The metric by which this run keeps its best checkpoint."""
-    found = _mapping(record, "values").get("keep_best")
-    with contextlib.suppress(UsageError):
-        for override in parse_overrides([str(text) for text in record.get("overrides") or ()]):
-            found = override.value if override.key == "keep_best" else found
-    return found if isinstance(found, str) else None
+        what = f", the final weights{_fingerprint(run.record, 'checkpoint_fingerprint')}"
+        yield "LATEST/policy.pt", what + (by if best == run.folder / "LATEST" else "")
+    for step in runs.steps(run.folder):
+        yield step.name, by if step == best else ""
 
 
 def _from(record: runs.Record) -> Iterator[tuple[str, str]]:

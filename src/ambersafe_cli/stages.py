@@ -14,6 +14,7 @@ from ambersafe_cli import (
     display,
     environment,
     launch,
+    locks,
     patches,
     plans,
     preflight,
@@ -116,7 +117,7 @@ def run(request: Request) -> int:
     report = None
     if request.preflight:
         report = preflight.check(subject(prepared))
-        _require(report)
+        require(report)
     return start(prepared, report, request.detach)
 
 
@@ -130,10 +131,10 @@ def check(request: Request, as_json: bool) -> None:
         _show_notes(prepared)
         if report.plan:
             display.write_facts(plans.describe(report.plan), indent=26)
-    _require(report)
+    require(report)
 
 
-def subject(prepared: "Prepared") -> preflight.Subject:
+def subject(prepared: "Prepared", expected_head: str | None = None) -> preflight.Subject:
     """What preflight is to look at."""
     return preflight.Subject(
         stage=prepared.stage,
@@ -143,10 +144,11 @@ def subject(prepared: "Prepared") -> preflight.Subject:
         processes=prepared.launch.processes,
         expected_base=upstream.PINNED_COMMIT,
         allow_modified=prepared.allow_modified,
+        expected_head=expected_head,
     )
 
 
-def _require(report: preflight.Report) -> None:
+def require(report: preflight.Report) -> None:
     """Show what was found. Raises PreflightError if an error is among it."""
     for finding in report.findings:
         display.find(finding.level, finding.what, finding.mend)
@@ -168,7 +170,7 @@ def start(prepared: "Prepared", report: preflight.Report | None = None, detach: 
     record = _record(prepared, report)
     if detach:
         begun: dict[str, Any] = {"started": runs.now(), "ended": None, "exit_status": None, "attempts": []}
-        with runs.locked(folder):
+        with locks.locked(folder):
             runs.require_empty(folder)  # another run may have been here since it was made
             runs.write(folder, {**record, **begun, "status": "running"})
         return control.detach(folder, None, prepared.allow_modified)
@@ -215,7 +217,9 @@ _CARRIED_FLAGS = (
     "recipe", "model", "model_revision", "data", "data_revision", "max_length", "trainer", "wandb", "nproc", "keep",
     "save_every", "python",
 )  # fmt: skip
-_CARRIED_KEYS = ("model.", "datasets", "max_", "eval_batch_size", "n_eval_examples", "fsdp_port")
+_CARRIED_KEYS = (
+    "model.", "datasets", "max_", "eval_batch_size", "n_eval_examples", "fsdp_port", "keep_eos", "drop_eos",
+)  # fmt: skip
 _EXPORT = Path(__file__).parent / "children" / "to_hugging_face.py"
 
 

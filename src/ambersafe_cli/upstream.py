@@ -7,6 +7,7 @@ clone is patched, by what, and whether someone touched it are questions to git. 
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import re
 import shutil
@@ -60,7 +61,8 @@ class PatchState:
 
 @dataclass(frozen=True)
 class CloneState:
-    """What git says of a clone. `edited` are tracked files that differ from HEAD; `foreign` the subjects of the commits
+    """What git says of a clone. `edited` are tracked files that differ from HEAD, `edits` the SHA-256 of how they do
+    (None if none does); `foreign` the subjects of the commits
     on top of the base that are no patch of the series; `is_ours` is true if nothing there but patches that ambersafe
     applied; `base` is None if the clone does not hold the commit that the series starts from."""
 
@@ -72,6 +74,7 @@ class CloneState:
     patches: tuple[PatchState, ...]
     foreign: tuple[str, ...]
     edited: tuple[str, ...]
+    edits: str | None
     is_ours: bool
 
     @property
@@ -200,7 +203,8 @@ def inspect_repository(repo: git.Repo, folder: Path, series: Sequence[Patch]) ->
         tree=tree,
         patches=tuple(states),
         foreign=tuple(subject for _, _, subject in commits if subject not in subjects),
-        edited=edited_files(repo),
+        edited=(edited := edited_files(repo)),
+        edits=_fingerprint_of_edits(repo) if edited else None,
         is_ours=base is not None and all(email == COMMITTER_EMAIL for _, email, _ in commits),
     )
 
@@ -278,3 +282,9 @@ def edited_files(repo: git.Repo) -> tuple[str, ...]:
 
 def changed_files(repo: git.Repo, *between: str) -> list[str]:
     return str(repo.git.diff("--name-only", "--no-renames", "-z", *between)).split("\0")[:-1]
+
+
+def _fingerprint_of_edits(repo: git.Repo) -> str:
+    # Not `git diff`: how that writes one is the user's to configure.
+    changes = repo.git.diff_index("-p", "--binary", "HEAD", stdout_as_string=False)
+    return hashlib.sha256(changes).hexdigest()

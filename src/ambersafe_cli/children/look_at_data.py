@@ -1,9 +1,10 @@
 """Count a run's rows and measure them with its tokenizer: `python look_at_data.py REQUEST.json-text`, JSON on stdout.
 
 Runs under the training interpreter. The request: saferlhf (the path of saferlhf.py), tokenizer (a folder, or a name on
-the hub), revision, stage (an example is a prompt and its target in sft, a pair in dpo), max_length, max_prompt_length,
-keep_eos, drop_eos, batch_size, sample (how many examples to tokenize). The rows come from where SAFERLHF_DATASET says.
-The answer: for each split its counts and fingerprint; or `error`, and what `datasets` or the tokenizer said.
+the hub; without one only fingerprints are taken), revision, stage (an example is a prompt and its target in sft, a pair
+in dpo), max_length, max_prompt_length, keep_eos, drop_eos, batch_size, sample (how many examples to tokenize). The rows
+come from where SAFERLHF_DATASET says. The answer: for each split its counts and fingerprint; or `error`, and what
+`datasets` or the tokenizer said.
 """
 
 import hashlib
@@ -157,6 +158,9 @@ def prompts_a_batch(data: dict[str, Any], batch_size: int) -> int:
 def look(request: dict[str, Any]) -> dict[str, Any]:
     saferlhf = load_saferlhf_module(request["saferlhf"])
     saferlhf.datasets.disable_progress_bars()
+    if request.get("tokenizer") is None:
+        tables = {split: saferlhf.load_saferlhf(split, silent=True) for split in ("train", "test")}
+        return {"splits": {split: {"fingerprint": fingerprint(table)} for split, table in tables.items()}}
     tokenizer = open_tokenizer(request["tokenizer"], request["revision"])
     answer: dict[str, Any] = {"eos": tokenizer.eos, "splits": {}}
     for split in ("train", "test"):
