@@ -225,7 +225,7 @@ def resume(
 
 @app.command()
 def stop(
-    run: Annotated[str, typer.Argument(help=_RUN)],
+    run: Annotated[str | None, typer.Argument(help=_RUN, show_default="the one that is running")] = None,
     now: Annotated[bool, typer.Option("--now", help="Kill it, without a checkpoint.")] = False,
 ) -> int:
     """Have a run save a checkpoint and end, also one in the background or on another node of a shared disk."""

@@ -50,12 +50,14 @@ def _attempts(folder: Path) -> int:
     return len(record["attempts"]) if record else 0
 
 
-def stop(name: str, now: bool) -> int:
+def stop(name: str | None, now: bool) -> int:
     """Have a run, by its folder or name, save a checkpoint and stop, and wait for that; `now`: kill it. Return 0.
+
+    Without a name it is the one run of this working folder that is running.
 
     Raises UsageError if there is no such run or no process has it, RunFolderError.
     """
-    folder = runs.find(name)
+    folder = _the_running_one() if name is None else runs.find(name)
     if not runs.is_running(folder):
         raise UsageError(f"{folder} is not running.", "`ambersafe runs` shows which are.")
     display.say("stopping it: a checkpoint is saved when its step has ended" if not now else "stopping it at once")
@@ -71,3 +73,13 @@ def stop(name: str, now: bool) -> int:
     if status != "finished":
         display.say(f"to go on with it: {shlex.join(['ambersafe', 'resume', str(folder)])}")
     return 0
+
+
+def _the_running_one() -> Path:
+    running = [run.folder for run in runs.list_runs() if run.status == "running"]
+    if len(running) != 1:
+        raise UsageError(
+            f"{len(running) or 'No'} runs under {runs.folder_of_runs()} are running.",
+            f"Name one: {', '.join(folder.name for folder in running)}." if running else "",
+        )
+    return running[0]
