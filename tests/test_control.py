@@ -90,7 +90,9 @@ def test_stop_saves_a_checkpoint_that_resume_goes_on_from(
     rows: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    given = ("--dir", patched, "--model", model, "--data", rows, *SETTINGS, "save_every_examples=null")
+    # long enough not to be over before it is looked for a request
+    longer = ("save_every_examples=null", "n_examples=2400", "eval_every=2400")
+    given = ("--dir", patched, "--model", model, "--data", rows, *SETTINGS, *longer)
     child = start("sft", tmp_path, "--exp-name", "run", *given)
     wait_for_step(child, 48)
     run = only_run(tmp_path, "run")

@@ -346,7 +346,7 @@ def test_a_config_of_a_model_that_is_damaged_is_an_error(check: Check, tmp_path:
 
 @pytest.mark.parametrize(
     ("given", "checkpoints"),
-    [((), 2), (("eval_every=96",), 4), (("--save-every", "32"), 4), (("--save-every", "32", "--keep", "all"), 12)]
+    [((), 2), (("eval_every=96",), 4), (("--save-every", "32"), 4), (("--save-every", "32", "--keep", "all"), 13)]
     + [(("--save-every", "5m"), 4)],
 )
 def test_the_plan_counts_the_checkpoints_that_will_be_there_at_once(
