@@ -91,7 +91,7 @@ def test_stop_saves_a_checkpoint_that_resume_goes_on_from(
     tmp_path: Path,
 ) -> None:
     # long enough not to be over before it is looked for a request
-    longer = ("save_every_examples=null", "n_examples=2400", "eval_every=2400")
+    longer = ("save_every_examples=null", "n_examples=1200", "eval_every=1200")
     given = ("--dir", patched, "--model", model, "--data", rows, *SETTINGS, *longer)
     child = start("sft", tmp_path, "--exp-name", "run", *given)
     wait_for_step(child, 48)
