@@ -1,7 +1,8 @@
 """Making the patched clone of upstream, and bringing one that is there to what is wanted. Nothing here prints.
 
 A new clone is made under another name and renamed when it is whole. In a clone that is there already the commits are
-made elsewhere, then checked out under a marker. So a setup that was killed at any point is finished by the next one.
+made elsewhere, then checked out under a marker, see checkouts.py. So a setup that was killed at any point is finished
+by the next one.
 """
 
 import contextlib
@@ -18,12 +19,12 @@ from pathlib import Path
 import git
 from git.util import CallableRemoteProgress
 
+from ambersafe_cli import checkouts
 from ambersafe_cli.errors import CloneError, GitError, SourceError
 from ambersafe_cli.patches import Patch
 from ambersafe_cli.upstream import (
     BASE_REF,
     BRANCH,
-    COMMITTER_EMAIL,
     NETWORK_ENVIRONMENT,
     PINNED_COMMIT,
     CloneState,
@@ -31,10 +32,8 @@ from ambersafe_cli.upstream import (
     changed_files,
     git_errors,
     has_commit,
-    holds,
     inspect,
     inspect_repository,
-    is_ancestor,
     is_empty,
     open_clone,
     require_unused,
@@ -182,8 +181,8 @@ def _find_commit(repo: git.Repo, commit: str, url: str) -> str:
 def _update(repo: git.Repo, folder: Path, wanted: Wanted, force: bool, progress: Progress) -> SetupResult:
     state = inspect_repository(repo, folder, wanted.series)
     saved: tuple[str, ...] = ()
-    if interrupted := _interrupted_checkout(repo):
-        saved = _finish_checkout(repo, state, *interrupted)
+    if interrupted := checkouts.interrupted(repo):
+        saved = checkouts.finish(repo, state, *interrupted)
         state = inspect_repository(repo, folder, wanted.series)
     base = wanted.commit if state.base == wanted.commit else _find_commit(repo, wanted.commit, state.url or str(folder))
     if state.is_exactly(base, wanted.patches):
@@ -203,7 +202,7 @@ def _update(repo: git.Repo, folder: Path, wanted: Wanted, force: bool, progress:
     if not force:
         _refuse_to_lose(state, base)
     target = _build(repo, base, wanted.patches, progress)
-    untracked = _in_the_way(repo, folder, target, changed_files(repo, "--diff-filter=A", "HEAD", target))
+    untracked = checkouts.in_the_way(repo, folder, target, changed_files(repo, "--diff-filter=A", "HEAD", target))
     untracked = [file for file in untracked if file not in state.edited]
     if untracked and not force:
         raise CloneError(
@@ -215,7 +214,7 @@ def _update(repo: git.Repo, folder: Path, wanted: Wanted, force: bool, progress:
         repo.git.branch("--force", f"{BRANCH}-{state.head[:12]}", state.head)
     saved += tuple(f"your file: {_move_aside(folder / file)}" for file in untracked)
     progress("checking out", 0.5)
-    _check_out(repo, target, base)
+    checkouts.check_out(repo, target, base)
     return SetupResult(inspect_repository(repo, folder, wanted.series), changed=True, saved=saved)
 
 
@@ -232,66 +231,6 @@ def _build(repo: git.Repo, base: str, patches: Sequence[Patch], progress: Progre
         repo.git.fetch("--quiet", scratch_folder, "HEAD")
         scratch.close()
     return target
-
-
-def _marker(repo: git.Repo) -> Path:
-    """The file that says, while files are being checked out, which commit and which base that is for."""
-    return Path(repo.git_dir, "ambersafe-checkout")
-
-
-def _check_out(repo: git.Repo, target: str, base: str) -> None:
-    marker = _marker(repo)
-    temporary = marker.with_suffix(".new")
-    temporary.write_text(f"{target} {base}")
-    temporary.replace(marker)
-    # --force: over what a killed checkout left. What a user has edited was refused or saved before.
-    repo.git.checkout("--quiet", "--force", "-B", BRANCH, target)
-    repo.git.update_ref(BASE_REF, base)
-    marker.unlink()
-
-
-def _interrupted_checkout(repo: git.Repo) -> tuple[str, str] | None:
-    """The commit and the base that the marker names; None without one, and for one that is damaged: it is no help."""
-    if not _marker(repo).exists():
-        return None
-    found = re.fullmatch(r"([0-9a-f]{40}) ([0-9a-f]{40})", _marker(repo).read_text(errors="replace"))
-    if not found or not all(has_commit(repo, commit) for commit in found.groups()):
-        _marker(repo).unlink()
-        return None
-    return found[1], found[2]
-
-
-def _finish_checkout(repo: git.Repo, state: CloneState, target: str, base: str) -> tuple[str, ...]:
-    """Bring a checkout to its end that was killed, and say where it kept commits that the user has made since.
-
-    Raises CloneError if the user has edited files since.
-    """
-    for lock in ("index.lock", "HEAD.lock", f"refs/heads/{BRANCH}.lock", f"{BASE_REF}.lock"):
-        Path(repo.git_dir, lock).unlink(missing_ok=True)
-    files = (*state.edited, *changed_files(repo, "--diff-filter=A", "HEAD", target))
-    if edited := _in_the_way(repo, state.folder, target, files):
-        raise CloneError(
-            f"{state.folder} was left half set up, and has local edits since: {', '.join(edited)}.",
-            f"Put them elsewhere, undo them (`git -C {state.folder} checkout FILE`), and run ambersafe setup again.",
-        )
-    saved = _keep_commits(repo, state.head, state.base or base)
-    _check_out(repo, target, base)
-    return saved
-
-
-def _in_the_way(repo: git.Repo, folder: Path, target: str, files: Sequence[str]) -> list[str]:
-    """Those of the files that would lose something if the commit `target` were checked out over them."""
-    return [file for file in dict.fromkeys(files) if not is_half_written(repo, folder / file, f"{target}:{file}")]
-
-
-def is_half_written(repo: git.Repo, path: Path, blob: str) -> bool:
-    """Whether the file is what a killed checkout leaves: nothing, or the beginning of what it was to write."""
-    if not path.exists():
-        return True
-    if not path.is_file() or not holds(repo, blob):
-        return False
-    wanted = repo.git.show(blob, strip_newline_in_stdout=False, stdout_as_string=False)
-    return bool(wanted.startswith(path.read_bytes()))
 
 
 def _refuse_to_lose(state: CloneState, base: str) -> None:
@@ -321,16 +260,4 @@ def _save(repo: git.Repo, state: CloneState, base: str) -> tuple[str, ...]:
     if state.edited:
         repo.git.stash("push", "--message", "saved by ambersafe setup --force")
         edits = (f"your edits: `git -C {state.folder} stash show -p`",)
-    return edits + _keep_commits(repo, state.head, state.base or base)
-
-
-def _keep_commits(repo: git.Repo, head: str, base: str) -> tuple[str, ...]:
-    kept = []
-    tips = [head] + ([repo.heads[BRANCH].commit.hexsha] if BRANCH in [h.name for h in repo.heads] else [])
-    for tip in dict.fromkeys(tips):
-        if set(repo.git.log("--format=%ce", f"{base}..{tip}").split()) - {COMMITTER_EMAIL}:
-            branch = f"ambersafe-saved-{tip[:12]}"
-            if not is_ancestor(repo, tip, f"refs/heads/{branch}"):  # else it is kept already
-                repo.git.branch("--force", branch, tip)
-            kept.append(f"commit {tip[:12]}: the branch {branch}")
-    return tuple(kept)
+    return edits + checkouts.keep_commits(repo, state.head, state.base or base)

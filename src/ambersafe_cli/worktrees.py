@@ -9,7 +9,8 @@ from pathlib import Path
 
 import git
 
-from ambersafe_cli.cloning import alone, is_half_written
+from ambersafe_cli.checkouts import is_half_written
+from ambersafe_cli.cloning import alone
 from ambersafe_cli.errors import CloneError
 from ambersafe_cli.upstream import edited_files, git_errors, has_commit, open_clone, with_own_settings
 
