@@ -69,6 +69,20 @@ def test_a_run_with_nothing_wrong_shows_its_plan_and_starts_nothing(check: Check
     assert not (tmp_path / ".cache").exists()
 
 
+def test_findings_and_plan_are_given_as_json(check: Check, tmp_path: Path) -> None:
+    data = write(tmp_path / "rows", rows(70), rows(48))
+    given = ("sft", "--dir", check.patched, "--model", check.model, "--recipe", "tiny", "--data", data)
+    done = run_ambersafe("check", "--json", *given, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert (answer["plan"]["steps"], answer["plan"]["examples"]) == (24, 384)
+    assert answer["data"]["splits"]["train"]["pairs"] == 70
+    assert any("last 6 prompts" in finding["what"] for finding in answer["findings"])
+    failed = run_ambersafe("check", "--json", *given, "--batch-size", 100, cwd=tmp_path)
+    assert failed.returncode == 76
+    assert {finding["level"] for finding in json.loads(failed.stdout)["findings"]} >= {"error"}
+
+
 def test_all_errors_are_told_at_once_and_the_stage_does_not_start(check: Check, tmp_path: Path) -> None:
     data = write(tmp_path / "rows", rows(10, response_0="good </s> but with an EOS"), rows(5))
     for key, value in (("batch_size", "abc"), ("eval_batch_size", "0"), ("eval_every", "1.5"), ("n_epochs", "null")):

@@ -67,6 +67,9 @@ SaveEvery = Annotated[
 NoPreflight = Annotated[bool, typer.Option("--no-preflight", help="Start without looking first.")]
 AllowModified = Annotated[bool, typer.Option("--allow-modified", help="Go on with a clone that was edited.")]
 Detach = Annotated[bool, typer.Option("--detach", help="Run in the background; closing the terminal does not end it.")]
+AllowChanged = Annotated[
+    bool, typer.Option("--allow-modified", help="Go on although clone, rows or archive are not what they were.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the command, start nothing.")]
 Overrides = Annotated[
     list[str] | None,
@@ -214,7 +217,7 @@ def dpo(
 def resume(
     run: Run = None,
     python: Annotated[str | None, typer.Option(help="Another interpreter to run train.py.")] = None,
-    allow_modified: AllowModified = False,
+    allow_modified: AllowChanged = False,
     detach: Detach = False,
 ) -> int:
     """Go on with a run that was stopped or killed, from its newest checkpoint."""
@@ -238,7 +241,7 @@ def stop(
 def reproduce(
     run: Annotated[str, typer.Argument(help=_RUN)],
     python: Annotated[str | None, typer.Option(help="Another interpreter to run train.py.")] = None,
-    allow_modified: AllowModified = False,
+    allow_modified: AllowChanged = False,
     dry_run: DryRun = False,
 ) -> int:
     """Do a run again as its run.json says, after listing what is no longer as it was, and compare the metrics."""
@@ -291,11 +294,8 @@ def prefetch(
 ) -> None:
     """Fill the Hugging Face cache with what both stages read, for a node without a network."""
     from ambersafe_cli import prefetch
-    from ambersafe_cli import recipe as recipes
 
-    names = {"model.name_or_path": model, "model.revision": model_revision}
-    values = {key: value for key, value in names.items() if value is not None}
-    prefetch.run(recipe, recipes.Flags(values, data, data_revision), overrides or (), python, as_json)
+    prefetch.run(recipe, prefetch.flags(model, model_revision, data, data_revision), overrides or (), python, as_json)
 
 
 @app.command()

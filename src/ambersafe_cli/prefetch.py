@@ -23,6 +23,12 @@ class Needs:
     sources: tuple[hub.Source, ...]
 
 
+def flags(model: str | None, model_revision: str | None, data: str | None, data_revision: str | None) -> recipes.Flags:
+    """What the command's flags say, by upstream's keys."""
+    names = {"model.name_or_path": model, "model.revision": model_revision}
+    return recipes.Flags({key: value for key, value in names.items() if value is not None}, data, data_revision)
+
+
 def run(recipe: str, flags: recipes.Flags, overrides: Sequence[str], python: str, as_json: bool) -> None:
     """Fetch, look whether all is there, and say what to type where there is no network. Raises AmberSafeError."""
     if variable := hub.offline_by():

@@ -41,7 +41,7 @@ class Report:
 class Subject:
     """What preflight looks at: a stage fitted to clone and machine, and how many processes will train it.
 
-    `expected_head` is the commit of a clone that is known to be right already.
+    `clone_is_checked`: the clone is that of an older run, whose series need not be today's.
     """
 
     stage: "Stage"
@@ -51,7 +51,7 @@ class Subject:
     processes: int
     expected_base: str
     allow_modified: bool
-    expected_head: str | None = None
+    clone_is_checked: bool = False
 
 
 def check(subject: Subject) -> Report:
@@ -109,7 +109,7 @@ def _read_mapping(path: Path) -> Mapping[str, Value]:
 
 def _of_clone(subject: Subject) -> Iterator[Finding]:
     clone = subject.clone
-    if subject.expected_head:  # of an older run, whose series need not be today's
+    if subject.clone_is_checked:
         return
     level: Literal["error", "warning"] = "warning" if subject.allow_modified else "error"
     go_on = "or go on with --allow-modified, which run.json records."

@@ -41,7 +41,7 @@ def run(name: str, python: str | None, allow_modified: bool, dry_run: bool) -> i
         raise UsageError(
             f"{folder / 'run.json'} does not say all that it takes: {error}.", "Another version may have written it."
         ) from error
-    report = preflight.check(stages.subject(prepared, prepared.clone.head))
+    report = preflight.check(stages.subject(prepared, clone_is_checked=True))
     for what, then, now in differences(record, prepared, report.data):
         display.warn(f"{what} was {then}, and is {now}")
     stages.require(report)

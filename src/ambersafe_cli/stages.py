@@ -134,7 +134,7 @@ def check(request: Request, as_json: bool) -> None:
     require(report)
 
 
-def subject(prepared: "Prepared", expected_head: str | None = None) -> preflight.Subject:
+def subject(prepared: "Prepared", clone_is_checked: bool = False) -> preflight.Subject:
     """What preflight is to look at."""
     return preflight.Subject(
         stage=prepared.stage,
@@ -144,7 +144,7 @@ def subject(prepared: "Prepared", expected_head: str | None = None) -> preflight
         processes=prepared.launch.processes,
         expected_base=upstream.PINNED_COMMIT,
         allow_modified=prepared.allow_modified,
-        expected_head=expected_head,
+        clone_is_checked=clone_is_checked,
     )
 
 
