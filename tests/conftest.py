@@ -103,10 +103,15 @@ def only_run(work: Path, name: str) -> Path:
     return found
 
 
+def records_of(run: Path) -> list[metrics.Record]:
+    """Every step and evaluation of a run, by its log."""
+    return [each for each in metrics.read(run / "train.log") if isinstance(each, metrics.Record)]
+
+
 def numbers(run: Path) -> dict[tuple[str, int], tuple[Any, ...]]:
     """Every record of a run by its kind and step, as printed but for the speed, the last where there are two."""
     found = {}
-    for record in metrics.read_log(run / "train.log").records:
+    for record in records_of(run):
         values = {k: v for k, v in record.values.items() if k != "examples_per_second"}
         found[record.kind, record.examples] = tuple(sorted(values.items()))
     return found

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import only_run, run_ambersafe
+from conftest import only_run, records_of, run_ambersafe
 from test_real_upstream import TINY, metric_lines, model, rows  # noqa: F401, fixtures
 
-from ambersafe_cli import metrics, plans, recipe
+from ambersafe_cli import plans, recipe
 
 pytestmark = pytest.mark.slow
 
@@ -287,7 +287,7 @@ def test_best_trains_both_stages_and_warns_of_none_of_its_keys(
         assert done.returncode == 0, done.stderr
         for key in CHOICES:
             assert f"{key}=" not in done.stderr
-        log = metrics.read_log(only_run(tmp_path, f"saferlhf_{stage}_best") / "train.log")
-        steps = [record for record in log.records if record.kind == "train"]
+        records = records_of(only_run(tmp_path, f"saferlhf_{stage}_best"))
+        steps = [record for record in records if record.kind == "train"]
         assert len(steps) == -(-2 * count(rows, stage) // 16), "every example twice, in batches of 16"
         assert re.search(r"fill_last_batch: true", done.stdout)

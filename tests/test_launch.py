@@ -58,7 +58,9 @@ def test_a_run_leaves_its_folder_complete_and_nothing_else(
     assert done.returncode == 0, done.stderr
     (run,) = runs_of(fake_clone)
     assert {path.name for path in fake_clone.parent.iterdir()} == {".cache", fake_clone.name}
-    assert {path.name for path in run.iterdir()} == {".lock", "run.json", "train.log", "called.json", "LATEST"}
+    assert {path.name for path in run.iterdir()} == {
+        ".lock", "run.json", "train.log", "metrics.jsonl", "called.json", "LATEST",
+    }  # fmt: skip
 
     called = read_json(run / "called.json")
     assert called["config"]["model.name_or_path"] == str(model)
@@ -370,3 +372,12 @@ def test_a_user_without_a_name_gets_one(ambersafe: Ambersafe, fake_clone: Path, 
     (run,) = runs_of(fake_clone)
     assert run.parent.name == f"uid-{os.getuid()}"
     assert read_json(run / "called.json")["environment"]["LOGNAME"] == run.parent.name
+
+
+def test_metrics_jsonl_holds_what_was_printed(ambersafe: Ambersafe, fake_clone: Path, model: Path, data: Path) -> None:
+    assert ambersafe("sft", "--model", model, "--data", data).returncode == 0
+    (run,) = runs_of(fake_clone)
+    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [(each["kind"], each["examples"]) for each in entries] == [("eval", 0), ("train", 16), ("eval", 16)]
+    assert entries[1]["loss/train"] == 2
+    assert [each["time"] for each in entries] == sorted(each["time"] for each in entries)

@@ -1,7 +1,9 @@
 """Reading the lines that train.py prints."""
 
+import tracemalloc
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,7 +17,7 @@ TRAIN_LINE = (
 
 def test_train_stats_become_numbers() -> None:
     record = metrics.parse_line(TRAIN_LINE)
-    assert record is not None
+    assert isinstance(record, metrics.Record)
     assert (record.kind, record.examples) == ("train", 32)
     assert record.values == {
         "rewards_train/accuracies": 0.5,
@@ -28,7 +30,7 @@ def test_train_stats_become_numbers() -> None:
 
 def test_an_evaluation_is_told_from_a_training_step() -> None:
     record = metrics.parse_line("eval after 0: {'loss/eval': 'nan', 'logps_eval/chosen': '-1e+03'}")
-    assert record is not None
+    assert isinstance(record, metrics.Record)
     assert (record.kind, record.examples) == ("eval", 0)
     assert str(record.values["loss/eval"]) == "nan"
     assert record.values["logps_eval/chosen"] == -1000
@@ -45,7 +47,7 @@ def test_whatever_upstream_formats_is_read_back_to_its_five_digits(
     printed = {key: f"{value:.5g}" for key, value in values.items()}
     record = metrics.parse_line(f"{before}train stats after {examples} examples: {printed}")
     if "train stats after" not in before and "eval after" not in before:
-        assert record is not None
+        assert isinstance(record, metrics.Record)
         assert record.values == {key: float(text) for key, text in printed.items()}
         assert record.examples == examples
 
@@ -53,12 +55,26 @@ def test_whatever_upstream_formats_is_read_back_to_its_five_digits(
 @given(st.text() | st.text().map(lambda text: f"eval after 3: {{{text}}}"))
 def test_no_line_is_fatal(line: str) -> None:
     record = metrics.parse_line(line)
-    assert record is None or record.kind in ("train", "eval")
+    assert record is None or isinstance(record, metrics.Record | metrics.Unreadable)
 
 
 def test_other_lines_are_no_records() -> None:
-    for line in ("skipping logging after 32 examples to avoid logging too frequently", "", TRAIN_LINE[:60]):
+    for line in ("skipping logging after 32 examples to avoid logging too frequently", "", "seen after all"):
         assert metrics.parse_line(line) is None
+
+
+@pytest.mark.parametrize(
+    "line", [TRAIN_LINE[:60], "eval after 3: {'loss/eval': ?}", "eval after 3: {'loss/eval': [1]}", "eval after 3: {1}"]
+)
+def test_a_line_of_metrics_that_cannot_be_read_is_kept(line: str) -> None:
+    assert metrics.parse_line(line) == metrics.Unreadable(line)
+
+
+@given(st.dictionaries(st.text(st.sampled_from("a'\"\\/{}, \n\x00é")), st.floats(allow_nan=False), max_size=3))
+def test_keys_are_those_that_python_would_read(values: dict[str, float]) -> None:
+    record = metrics.parse_line(f"eval after 3: { {key: str(value) for key, value in values.items()}!r}")
+    assert isinstance(record, metrics.Record)
+    assert record.values == values
 
 
 def test_a_log_gives_records_in_order_and_resolved_commits(tmp_path: Path) -> None:
@@ -73,10 +89,24 @@ def test_a_log_gives_records_in_order_and_resolved_commits(tmp_path: Path) -> No
     ]
     log.write_bytes(b"\n".join(lines))
     read = metrics.read_log(log)
-    assert [record.values["loss/eval"] for record in read.evaluations()] == [2, 1]
-    assert len(read.records) == 3
+    assert [record.values["loss/eval"] for record in read.evaluations] == [2, 1]
+    assert read.last_step == metrics.parse_line(TRAIN_LINE)
+    assert read.unreadable == 0
     assert (read.model_commit, read.data_commit) == ("1" * 40, "2" * 40)
 
 
 def test_a_log_that_is_not_there_is_empty(tmp_path: Path) -> None:
-    assert metrics.read_log(tmp_path / "train.log").records == ()
+    assert list(metrics.read(tmp_path / "train.log")) == []
+    assert metrics.read_log(tmp_path / "train.log").evaluations == ()
+
+
+def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
+    peaks = []
+    for lines in (2_000, 40_000):
+        log = tmp_path / f"{lines}.log"
+        log.write_text((TRAIN_LINE + "\n") * lines + "eval after 64: {'loss/eval': '1'}\n")
+        tracemalloc.start()
+        assert len(metrics.read_log(log).evaluations) == 1
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.1 * peaks[0]

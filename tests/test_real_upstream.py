@@ -239,11 +239,11 @@ def test_checkpoint_holds_the_final_weights_and_their_evaluation(ours: Path) -> 
     for stage in ("sft", "dpo"):
         run = only_run(ours, stage)
         checkpoint = load_checkpoint(run / "LATEST" / "policy.pt")
-        last = metrics.read_log(run / "train.log").evaluations()[-1]
+        last = metrics.read_log(run / "train.log").evaluations[-1]
         assert last.examples == checkpoint["step_idx"]
         printed = {key: f"{value:.5g}" for key, value in checkpoint["metrics"].items()}
         assert printed == {key: f"{value:.5g}" for key, value in last.values.items()}
-    dpo = metrics.read_log(only_run(ours, "dpo") / "train.log").evaluations()
+    dpo = metrics.read_log(only_run(ours, "dpo") / "train.log").evaluations
     assert dpo[0].values["loss/eval"] == pytest.approx(0.69315), "policy and reference model are the same at first"
 
 
@@ -267,8 +267,8 @@ def test_the_command_printed_last_makes_a_hugging_face_folder(
 def close(one: str, other: str) -> bool:
     """Whether two lines of metrics are the same to four digits."""
     first, second = metrics.parse_line(one), metrics.parse_line(other)
-    assert first
-    assert second
+    assert isinstance(first, metrics.Record)
+    assert isinstance(second, metrics.Record)
     return first.values.keys() == second.values.keys() and all(
         value == pytest.approx(second.values[key], rel=1e-4, abs=1e-5) for key, value in first.values.items()
     )

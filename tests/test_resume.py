@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import git, load, numbers, only_run, run_ambersafe
+from conftest import git, load, numbers, only_run, records_of, run_ambersafe
 from test_real_upstream import TINY, model, rows  # noqa: F401, fixtures
 
 from ambersafe_cli import metrics
@@ -89,7 +89,7 @@ def test_a_run_that_is_killed_at_random_steps_ends_with_the_numbers_of_one_that_
     record = json.loads((run / "run.json").read_text())
     assert len(record["attempts"]) == 4
     assert record["status"] == "finished"
-    evaluations = [(r.examples, r.attempt) for r in metrics.read_log(run / "train.log").evaluations()]
+    evaluations = [(r.examples, r.attempt) for r in metrics.read_log(run / "train.log").evaluations]
     evaluated_again = len(evaluations) - len({examples for examples, _ in evaluations})
     assert evaluated_again <= len(kills), "only one whose checkpoint was not yet whole is done again"
 
@@ -127,7 +127,7 @@ def test_ctrl_c_saves_at_the_end_of_the_step_and_resume_goes_on_from_there(
         stopped_at = int(checkpoint.name[5:])
         done = run_ambersafe("resume", cwd=work)
         assert done.returncode == 0, done.stderr
-        second = [r for r in metrics.read_log(run / "train.log").records if r.attempt == 2]
+        second = [r for r in records_of(run) if r.attempt == 2]
         assert min(r.examples for r in second if r.kind == "train") == stopped_at + 16
         again = run_ambersafe("resume", run, cwd=work)
         assert again.returncode == 64
@@ -214,6 +214,6 @@ def test_old_checkpoints_go_and_the_best_stays(
     done = run_ambersafe("sft", *given, *flags, "--exp-name", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = only_run(tmp_path, "run")
-    evaluations = [r for r in metrics.read_log(run / "train.log").evaluations() if r.examples][:-1]
+    evaluations = [r for r in metrics.read_log(run / "train.log").evaluations if r.examples][:-1]
     best = min(evaluations, key=lambda r: r.values["loss/eval"]).examples
     assert {path.name for path in run.glob("step-*")} == {f"step-{best}", f"step-{evaluations[-1].examples}"}

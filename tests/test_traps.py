@@ -225,7 +225,7 @@ def test_a_test_split_smaller_than_n_eval_examples(check: Check, data: Path) -> 
 
 def test_the_end_of_a_run(done: Done) -> None:
     """The final weights are evaluated, and LATEST says how well they did."""
-    last = metrics.read_log(done.run / "train.log").evaluations()[-1]
+    last = metrics.read_log(done.run / "train.log").evaluations[-1]
     assert last.examples == 48
     saved = json.loads((done.run / "LATEST" / "metrics.json").read_text())
     assert saved["loss/eval"] == pytest.approx(last.values["loss/eval"], rel=1e-4)

@@ -10,9 +10,11 @@ from typing import Any
 
 from ambersafe_cli import (
     checkpoints,
+    child,
     control,
     display,
     environment,
+    journal,
     launch,
     locks,
     metrics,
@@ -64,7 +66,13 @@ def _attempt(plan: launch.Launch, record: runs.Record, also: Mapping[str, Any] |
         try:
             if number > 1:
                 metrics.begin_attempt(log_file, number)
-            outcome = launch.run(plan, log_file, lambda: display.say(STOPPING), lambda: _listen(folder))
+            writer = journal.Journal(folder, number)
+            watcher = child.Watcher(
+                on_line=lambda line, is_stdout: is_stdout and writer.take(line),
+                on_signal=lambda: display.say(STOPPING),
+                is_stop_asked=lambda: _listen(folder),
+            )
+            outcome = child.run(plan, log_file, watcher)
         except BaseException:
             runs.write(folder, {**record, "status": "failed", "ended": runs.now()})
             raise
@@ -77,7 +85,7 @@ def _listen(folder: Path) -> bool:
     return locks.take_stop_request(folder)
 
 
-def _end(folder: Path, record: runs.Record, outcome: launch.Outcome) -> int:
+def _end(folder: Path, record: runs.Record, outcome: child.Outcome) -> int:
     log = metrics.read_log(folder / "train.log")
     has_checkpoint = runs.checkpoint(folder).is_file()
     finished = outcome.exit_status == 0 and has_checkpoint
@@ -87,7 +95,7 @@ def _end(folder: Path, record: runs.Record, outcome: launch.Outcome) -> int:
     record["model"] = {**record["model"], "commit": log.model_commit}
     record["data"] = {**record["data"], "commit": log.data_commit}
     record["checkpoint_fingerprint"] = checkpoints.fingerprint(runs.checkpoint(folder))
-    last = log.evaluations()[-1].values if log.evaluations() else None
+    last = log.evaluations[-1].values if log.evaluations else None
     # JSON has no NaN
     record["last_metrics"] = last and {key: value if math.isfinite(value) else None for key, value in last.items()}
     try:
@@ -111,8 +119,8 @@ def _end(folder: Path, record: runs.Record, outcome: launch.Outcome) -> int:
 
 
 def _show_end(folder: Path, record: runs.Record, log: metrics.Log) -> None:
-    if log.evaluations():
-        last = log.evaluations()[-1]
+    if log.evaluations:
+        last = log.evaluations[-1]
         shown = [f"{key.replace('_eval', '').replace('/eval', '')} {value:.5g}" for key, value in last.values.items()]
         display.say(f"held out, after {last.examples} examples: {', '.join(shown)}")
     display.say(f"checkpoint: {runs.checkpoint(folder)}")
@@ -151,9 +159,9 @@ def resume(name: str | None, python: str | None, allow_modified: bool, detach: b
         clone = recorded.clone(record["upstream"], allow_modified)
         pins, settings = recorded.pinned(record, folder)
         command = [*recorded.command(record, clone, folder, python), *pins]
-        child = environment.probe(command[0], ask_torch=True)
-        child.require_packages()
-        for error in recorded.changed_inputs(record, settings, child.python):
+        training = environment.probe(command[0], ask_torch=True)
+        training.require_packages()
+        for error in recorded.changed_inputs(record, settings, training.python):
             if not allow_modified:
                 raise error
             display.warn(error.message)
@@ -166,7 +174,7 @@ def resume(name: str | None, python: str | None, allow_modified: bool, detach: b
             display.say(f"going on from {checkpoint}" if checkpoint else "no checkpoint was saved: from the beginning")
         state = upstream.inspect(clone, patches.read_series())
         also = {
-            "python": provenance.of_python(child),
+            "python": provenance.of_python(training),
             "variables": provenance.of_variables(),
             "allow_modified": allow_modified,
             "upstream": {"folder": str(clone), "head": state.head, "tree": state.tree, "edited": list(state.edited)},

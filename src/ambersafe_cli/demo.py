@@ -77,7 +77,7 @@ def compare(sft_run: Path, dpo_run: Path) -> list[Change]:
     }
     changes = []
     for (stage, folder), names in wanted.items():
-        evaluations = metrics.read_log(folder / "train.log").evaluations()
+        evaluations = metrics.read_log(folder / "train.log").evaluations
         if len(evaluations) < 2:
             raise AmberSafeError(
                 f"{folder / 'train.log'} holds {len(evaluations)} evaluations, not a first and a last."

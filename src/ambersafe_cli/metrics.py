@@ -1,62 +1,98 @@
-"""The lines that train.py prints, as typed records."""
+"""The lines that train.py prints, as typed records. Read one by one: a log of any length takes the same memory."""
 
 import ast
+import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ambersafe_cli.errors import RunFolderError
 
 # Upstream, trainers.py: "train stats after N examples: {...}", "eval after N: {...}"; the floats in them are strings.
-_STATS = re.compile(r"(?P<kind>train stats|eval) after (?P<examples>\d+)(?: examples)?: (?P<values>\{.*\})")
+_STATS = re.compile(r"(?P<kind>train stats|eval) after (?P<examples>\d{1,18})(?: examples)?: (?P<values>\{.*\})")
+_ALMOST = re.compile(r"(?:train stats|eval) after \d+(?: examples)?: ")
 # Patches 0001 and 0006.
 _RESOLVED = re.compile(r"resolved (?P<what>model|dataset) (?P<name>.+) to revision (?P<commit>[0-9a-f]{40})")
 
 
+_JSON = json.JSONDecoder()
 _ATTEMPT = "=== ambersafe: attempt "
 _ATTEMPT_LINE = re.compile(rf"{_ATTEMPT}(\d{{1,9}})$")
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):  # of which there may be millions: a dataclass takes three times as long to make
     """The metrics of one training step or of one evaluation, after so many training examples.
 
     `values` by upstream's names: loss/train in nats a response (SFT) or a pair (DPO), rewards_train/accuracies from 0
-    to 1, and so on; the same with _eval.
+    to 1, and so on; the same with _eval. `time` is when it was printed, in seconds since 1970, where that is known.
     """
 
     kind: Literal["train", "eval"]
     examples: int
     values: Mapping[str, float]
     attempt: int = 1
+    time: float | None = None
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What a name on the hub stood for: `what` is model or dataset."""
+
+    what: str
+    commit: str
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A line that begins as one of metrics does, and cannot be read."""
+
+    line: str
+    attempt: int = 1
+    time: float | None = None
 
 
 @dataclass(frozen=True)
 class Log:
-    """What a run's output says: its records in order, and the commits that names on the hub stood for."""
+    """What a run's output says in all: its evaluations in order, its last step, the commits that names on the hub stood
+    for, and how many of its lines are unreadable."""
 
-    records: tuple[Record, ...]
+    evaluations: tuple[Record, ...]
+    last_step: Record | None
     model_commit: str | None
     data_commit: str | None
-
-    def evaluations(self) -> tuple[Record, ...]:
-        return tuple(record for record in self.records if record.kind == "eval")
+    unreadable: int
 
 
-def parse_line(line: str) -> Record | None:
-    """Read one line; None for every line that is not one of metrics."""
+def parse_line(line: str) -> Record | Commit | Unreadable | None:
+    """Read one line; None for every line that has nothing to say here."""
+    if " after " not in line:  # most lines: the searches cost more
+        match = _RESOLVED.search(line)
+        return Commit(match["what"], match["commit"]) if match else None
     match = _STATS.search(line)
-    if not match:
-        return None
-    try:
-        printed = ast.literal_eval(match["values"])
-        values = {str(key): float(value) for key, value in printed.items()}
-        examples = int(match["examples"])
-    except (ValueError, SyntaxError, TypeError, AttributeError, MemoryError, RecursionError, OverflowError):
-        return None
-    return Record("eval" if match["kind"] == "eval" else "train", examples, values)
+    if match:
+        try:
+            values = _values(match["values"])
+        except (ValueError, SyntaxError, TypeError, AttributeError, MemoryError, RecursionError, OverflowError):
+            return Unreadable(line)
+        return Record("eval" if match["kind"] == "eval" else "train", int(match["examples"]), values)
+    return Unreadable(line) if _ALMOST.search(line) else None
+
+
+def _values(text: str) -> Mapping[str, float]:
+    """The numbers in Python's repr of a dict. JSON's parser is ten times as fast, and equal where nothing is escaped.
+
+    Raises whatever a text that is none makes of it.
+    """
+    if '"' not in text and "\\" not in text:
+        try:
+            found, end = _JSON.raw_decode(text.replace("'", '"'))
+            if end == len(text):
+                return {key: float(value) for key, value in found.items()}
+        except (ValueError, TypeError, RecursionError):
+            pass
+    return {str(key): float(value) for key, value in ast.literal_eval(text).items()}
 
 
 def begin_attempt(log: Path, number: int) -> None:
@@ -68,24 +104,40 @@ def begin_attempt(log: Path, number: int) -> None:
         raise RunFolderError(f"Cannot write {log}: {error.strerror}") from error
 
 
-def parse(lines: Iterable[str]) -> Log:
-    """Read the lines of a run's output."""
-    records: list[Record] = []
-    commits: dict[str, str] = {}
+def parse(lines: Iterable[str]) -> Iterator[Record | Commit | Unreadable]:
+    """Read the lines of a run's output, one by one, each with the attempt that it is of."""
     attempt = 1
     for line in lines:
-        if match := _ATTEMPT_LINE.match(line):
-            attempt = int(match[1])
-        elif record := parse_line(line):
-            records.append(replace(record, attempt=attempt))
-        elif match := _RESOLVED.search(line):
-            commits[match["what"]] = match["commit"]
-    return Log(tuple(records), commits.get("model"), commits.get("dataset"))
+        found = parse_line(line)
+        if found is None:
+            if match := _ATTEMPT_LINE.match(line):
+                attempt = int(match[1])
+        elif attempt > 1 and not isinstance(found, Commit):
+            yield found._replace(attempt=attempt) if isinstance(found, Record) else replace(found, attempt=attempt)
+        else:
+            yield found
+
+
+def read(path: Path) -> Iterator[Record | Commit | Unreadable]:
+    """Read a run's train.log one by one; one that is not there is an empty one."""
+    if path.exists():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            yield from parse(file)
 
 
 def read_log(path: Path) -> Log:
-    """Read a run's train.log; one that is not there is an empty one."""
-    if not path.exists():
-        return parse([])
-    with path.open(encoding="utf-8", errors="replace") as file:
-        return parse(file)
+    """Read a run's train.log, and keep what a reader of the whole needs; one that is not there is an empty one."""
+    evaluations: list[Record] = []
+    last_step = None
+    commits: dict[str, str] = {}
+    unreadable = 0
+    for found in read(path):
+        if isinstance(found, Commit):
+            commits[found.what] = found.commit
+        elif isinstance(found, Unreadable):
+            unreadable += 1
+        elif found.kind == "eval":
+            evaluations.append(found)
+        else:
+            last_step = found
+    return Log(tuple(evaluations), last_step, commits.get("model"), commits.get("dataset"), unreadable)

@@ -116,7 +116,7 @@ def _differ(name: str, then: object, now: object) -> Iterator[tuple[str, object,
 def compare(first: Path, second: Path) -> None:
     """Compare the last evaluation that both runs did, after as many examples. Raises NotReproducedError."""
     before, after = (
-        {record.examples: record.values for record in metrics.read_log(folder / "train.log").evaluations()}
+        {record.examples: record.values for record in metrics.read_log(folder / "train.log").evaluations}
         for folder in (first, second)
     )
     common = sorted(before.keys() & after.keys())

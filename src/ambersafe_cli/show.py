@@ -54,7 +54,7 @@ def last_metrics(run: runs.Run) -> Mapping[str, object]:
     """The values of a run's last evaluation: its record's, or its log's where the record was not made final."""
     if run.record.get("ended"):
         return _mapping(run.record, "last_metrics")
-    evaluations = metrics.read_log(run.folder / "train.log").evaluations()
+    evaluations = metrics.read_log(run.folder / "train.log").evaluations
     return evaluations[-1].values if evaluations else {}
 
 
@@ -100,10 +100,10 @@ def _how(run: runs.Run) -> Iterator[tuple[str, str]]:
         status = attempt.get("exit_status")
         words.append("no exit status" if status is None else f"exit status {status}")
         yield f"attempt {number}", ", ".join(filter(None, words))
-    if run.status != "finished" and (steps := _steps(run)):
+    if run.status != "finished" and (last := metrics.read_log(run.folder / "train.log").last_step):
         planned = record.get("planned_examples")
         of = f" of {_number(planned)}" if planned else ""
-        yield "so far", f"{steps[-1].examples:,}{of} examples, loss {_number(steps[-1].values.get('loss/train'))}"
+        yield "so far", f"{last.examples:,}{of} examples, loss {_number(last.values.get('loss/train'))}"
     for name, what in _checkpoints(run):
         yield "checkpoint", f"{name}{what}"
     if values := last_metrics(run):
@@ -116,10 +116,6 @@ def _how(run: runs.Run) -> Iterator[tuple[str, str]]:
         for finding in findings:
             if isinstance(finding, dict):
                 yield "preflight", f"{finding.get('level')}: {finding.get('what')}"
-
-
-def _steps(run: runs.Run) -> list[metrics.Record]:
-    return [each for each in metrics.read_log(run.folder / "train.log").records if each.kind == "train"]
 
 
 def _checkpoints(run: runs.Run) -> Iterator[tuple[str, str]]:

@@ -1,0 +1,243 @@
+"""The child process: train.py's output as it comes, its signals, and its end, that leaves nothing behind."""
+
+import contextlib
+import ctypes
+import functools
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from ambersafe_cli.errors import RunFolderError
+from ambersafe_cli.launch import Launch
+
+_MARK = "AMBERSAFE_RUN"
+_ENDS_OF_LINES = re.compile(rb"[\r\n]+")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the child ended: its exit status (128 and the signal's number if a signal ended it or us)."""
+
+    exit_status: int
+    interrupted: bool
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """Who is told what happens while the child runs; none of these may raise, or take long.
+
+    `on_line` gets each line of its output, or state of a progress bar, without its end, and whether it is of stdout; it
+    is never called twice at a time. `on_signal` is called when the first signal has been passed on. `is_stop_asked`
+    is called every second, and counts as a SIGTERM when it says so. `passes_on`: whether our own standard streams get
+    what the child prints.
+    """
+
+    on_line: Callable[[str, bool], object]
+    on_signal: Callable[[], None]
+    is_stop_asked: Callable[[], bool]
+    passes_on: bool = True
+
+
+def run(launch: Launch, log: Path, watcher: Watcher) -> Outcome:
+    """Start the child, pass on what it prints as it comes, keep it in `log` as well, and wait for its end.
+
+    The first Ctrl-C, SIGTERM or SIGHUP is passed on to what trains, which saves a checkpoint and ends; the second one
+    kills. However the child ends, no process of it is left behind.
+    Raises RunFolderError if the log cannot be written.
+    """
+    mark = f"{launch.run_folder}:{os.getpid()}"
+    environment = {**os.environ, **launch.environment, _MARK: mark}
+    try:
+        log_file = log.open("ab", buffering=0)
+    except OSError as error:
+        raise RunFolderError(f"Cannot write {log}: {error.strerror}") from error
+    with log_file, _signals() as received:
+        child = subprocess.Popen(
+            launch.argv,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # a Ctrl-C of the terminal reaches us alone, and we pass it on
+            preexec_fn=functools.partial(_end_with_parent, os.getpid()),
+        )
+        assert child.stdout and child.stderr  # noqa: S101, for mypy: both are pipes
+        write_log = _line_writer(log_file, watcher.on_line)
+        pumps = [
+            threading.Thread(
+                target=_pump,
+                args=(
+                    source,
+                    target if watcher.passes_on else None,
+                    functools.partial(write_log, target is sys.stdout),
+                ),
+                daemon=True,
+            )
+            for source, target in ((child.stdout, sys.stdout), (child.stderr, sys.stderr))
+        ]
+        for pump in pumps:
+            pump.start()
+        try:
+            _wait(child, received, lambda: _pass_on(child, mark, received[0], watcher.on_signal), watcher.is_stop_asked)
+        finally:
+            _kill_all(child, mark)
+        for pump in pumps:
+            pump.join(timeout=5)
+    status = child.returncode
+    if received and status != 0:  # else it came to its end all the same
+        return Outcome(128 + received[0], interrupted=True)
+    return Outcome(status if status >= 0 else 128 - status, interrupted=False)
+
+
+def _end_with_parent(parent: int) -> None:
+    """Have Linux send SIGTERM to this process when the one that started it has gone, be it by kill -9."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it went before we asked
+        os._exit(128 + signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect the signals that ask us to stop, instead of dying of them. One that is ignored (nohup) stays so."""
+    received: list[int] = []
+
+    def collect(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    # SIGQUIT is Ctrl-\; the last two are what schedulers can be told to send before they end a job.
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+    old = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in old.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, collect)
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _wait(
+    child: "subprocess.Popen[bytes]",
+    received: list[int],
+    pass_on: Callable[[], None],
+    is_stop_asked: Callable[[], bool],
+) -> None:
+    """Wait for the child; pass the first signal on, and after a second one leave it to be killed.
+
+    There is no time limit in between: a checkpoint of tens of gigabytes is being saved, and who must have it quicker,
+    a user or a scheduler, sends another signal.
+    """
+    was_passed_on = False
+    asked_at = time.monotonic()
+    while child.poll() is None and len(received) < 2:
+        if time.monotonic() - asked_at > 1:
+            asked_at = time.monotonic()
+            received += [signal.SIGTERM] if is_stop_asked() else []
+        if received and not was_passed_on:
+            pass_on()
+            was_passed_on = True
+        time.sleep(0.05)
+
+
+def _pass_on(child: "subprocess.Popen[bytes]", mark: str, number: int, on_signal: Callable[[], None]) -> None:
+    """Send a signal to the processes that train: torchrun itself would only kill them."""
+    number = number if number == signal.SIGINT else signal.SIGTERM
+    workers = [pid for pid in _marked(mark) if _parent(pid) == child.pid]
+    is_torchrun = "torch.distributed.run" in child.args  # type: ignore[operator]
+    for pid in workers if is_torchrun and workers else [child.pid]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+    on_signal()
+
+
+def _parent(pid: int) -> int | None:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
+
+
+def _kill_all(child: "subprocess.Popen[bytes]", mark: str) -> None:
+    """Kill what is left of the child. torchrun's workers are in sessions of their own, but all of them, and what they
+    started in turn, have our mark in their environment."""
+    deadline = time.monotonic() + 20  # a process that waits for a dead file system cannot be killed
+    while (left := _marked(mark)) and time.monotonic() < deadline:
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+    if child.poll() is None:  # without /proc: at least the child's own session
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def _marked(mark: str) -> list[int]:
+    """The processes, this one apart, that have our mark in their environment (Linux; elsewhere none is found)."""
+    wanted = os.fsencode(f"{_MARK}={mark}")
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if wanted in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return found
+
+
+def _line_writer(log: io.FileIO, on_line: Callable[[str, bool], object]) -> Callable[[bool, bytes], None]:
+    """Return a function that the two pumps share: it appends to the log, which has no buffer, for who reads along, and
+    tells of every line."""
+    lock = threading.Lock()
+
+    def write(is_stdout: bool, data: bytes) -> None:
+        with lock:
+            with contextlib.suppress(OSError, ValueError):  # a full disk must not stop the pump, or the child hangs
+                rest = data
+                while rest:
+                    rest = rest[log.write(rest) :]
+            for line in _ENDS_OF_LINES.split(data):
+                if line:
+                    on_line(line.decode(errors="replace"), is_stdout)
+
+    return write
+
+
+def _pump(source: IO[bytes], target: IO[str] | None, write_log: Callable[[bytes], None]) -> None:
+    """Pass bytes on as they come; into the log, which two streams share, only whole lines, or states of a bar.
+
+    Whatever happens to the target, the source is read to its end: a child that cannot write would wait for ever.
+    """
+    rest = b""
+    shown = target is not None
+    while data := os.read(source.fileno(), 65536):
+        shown = shown and _show(target, data)
+        end = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
+        if end:
+            write_log(rest + data[:end])
+            rest = b""
+        rest += data[end:]
+    if rest:
+        write_log(rest + b"\n")
+        if shown:
+            _show(target, b"\n")  # what we say next begins a line of its own
+
+
+def _show(target: IO[str] | None, data: bytes) -> bool:
+    """Write to a standard stream; False if it is gone, which is no reason for the training to stop."""
+    try:
+        target.buffer.write(data)  # type: ignore[union-attr]
+        target.flush()  # type: ignore[union-attr]
+    except (OSError, ValueError, AttributeError):
+        return False
+    return True

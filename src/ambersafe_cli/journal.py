@@ -1,0 +1,122 @@
+"""metrics.jsonl in a run's folder: what train.py printed of its metrics, one JSON object a line, as it comes.
+
+Every line has `kind`, `time` (seconds since 1970) and `attempt`. Of kind `train` and `eval` it has `examples` and the
+metrics by upstream's names, null for what is not a finite number; of kind `unreadable` it has the `line`.
+"""
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ambersafe_cli import metrics
+
+FILE = "metrics.jsonl"
+_OWN = ("kind", "time", "attempt", "examples", "line")
+
+Entry = metrics.Record | metrics.Unreadable
+
+
+def to_line(entry: Entry) -> str:
+    """An entry as it stands in the file, with its line feed."""
+    if isinstance(entry, metrics.Unreadable):
+        own: dict[str, Any] = {"kind": "unreadable", "time": entry.time, "attempt": entry.attempt, "line": entry.line}
+        return json.dumps(own) + "\n"
+    values = {k: v if math.isfinite(v) else None for k, v in entry.values.items() if k not in _OWN}
+    own = {"kind": entry.kind, "time": entry.time, "attempt": entry.attempt, "examples": entry.examples}
+    return json.dumps({**own, **values}) + "\n"
+
+
+def from_line(line: str) -> Entry:
+    """The entry that a line holds. One that is torn, or no entry of ours, is unreadable, never an error."""
+    try:
+        found = json.loads(line)
+        kind, moment = found.pop("kind"), found.pop("time")
+        attempt = int(found.pop("attempt"))
+        moment = None if moment is None else float(moment)
+        if kind == "unreadable":
+            return metrics.Unreadable(str(found["line"]), attempt, moment)
+        if kind not in ("train", "eval"):
+            return metrics.Unreadable(line)
+        examples = int(found.pop("examples"))
+        values = {key: math.nan if value is None else float(value) for key, value in found.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+        return metrics.Unreadable(line)
+    return metrics.Record(kind, examples, values, attempt, moment)
+
+
+class Journal:
+    """Writes metrics.jsonl while a run trains. A full disk loses lines, it never stops the training."""
+
+    def __init__(self, folder: Path, attempt: int) -> None:
+        self._path = folder / FILE
+        self._attempt = attempt
+        self._is_torn = self._path.exists() and not _ends_with_line_feed(self._path)
+
+    def take(self, line: str) -> Entry | None:
+        """Read a line of train.py's output, write what it says, and return it; None where it is not about metrics."""
+        found = metrics.parse_line(line)
+        if found is None or isinstance(found, metrics.Commit):
+            return None
+        now = round(time.time(), 3)
+        if isinstance(found, metrics.Unreadable):
+            entry: Entry = metrics.Unreadable(found.line, self._attempt, now)
+        else:
+            entry = metrics.Record(found.kind, found.examples, found.values, self._attempt, now)
+        self._write(to_line(entry).encode())
+        return entry
+
+    def _write(self, data: bytes) -> None:
+        """Append a line in one write, whole where the disk has room: who reads along sees it at once."""
+        data = b"\n" + data if self._is_torn else data
+        with contextlib.suppress(OSError):
+            file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                self._is_torn = os.write(file, data) < len(data)
+            finally:
+                os.close(file)
+
+
+def _ends_with_line_feed(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.seek(0, os.SEEK_END) == 0 or (file.seek(-1, os.SEEK_END) and file.read(1)) == b"\n"
+    except OSError:
+        return False
+
+
+def read(folder: Path) -> Iterator[Entry]:
+    """What is known of a run's metrics, one by one: from metrics.jsonl, or, where a run has none, from its train.log.
+
+    A last line that is not whole yet is left away. Raises OSError.
+    """
+    path = folder / FILE
+    if not path.exists():
+        yield from (each for each in metrics.read(folder / "train.log") if not isinstance(each, metrics.Commit))
+        return
+    yield from Follower(path).new()
+
+
+class Follower:
+    """Reads a file that grows: each call of `new` gives the entries that have come since the last one."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+
+    def new(self) -> Iterator[Entry]:
+        """The entries since the last call, without a last line that is not whole yet. Raises OSError."""
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._offset += len(line)
+                if line.strip():
+                    yield from_line(line.decode(errors="replace"))
