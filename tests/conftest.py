@@ -37,7 +37,7 @@ def surroundings_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> None:
 def ambersafe(tmp_path: Path) -> Ambersafe:
     """Run the command in a working folder of its own, `tmp_path / "work"`, and return what it printed."""
     work = tmp_path / "work"
-    work.mkdir()
+    work.mkdir(exist_ok=True)
     return lambda *arguments, **options: run_ambersafe(*arguments, **{"cwd": work, **options})
 
 

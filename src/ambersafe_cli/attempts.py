@@ -124,7 +124,7 @@ def _show_end(folder: Path, record: runs.Record, log: metrics.Log) -> None:
         shown = [f"{key.replace('_eval', '').replace('/eval', '')} {value:.5g}" for key, value in last.values.items()]
         display.say(f"held out, after {last.examples} examples: {', '.join(shown)}")
     display.say(f"checkpoint: {runs.checkpoint(folder)}")
-    metric = recorded.keep_best(record)
+    metric = runs.Run(folder, record, record["status"]).setting("keep_best")
     best, value = (metric and runs.best_checkpoint(folder, metric)) or (folder / "LATEST", 0.0)
     if best.name != "LATEST":
         display.warn(f"{best / 'policy.pt'} was better by {metric}: {value:.5g}; `ambersafe dpo --archive` takes it")

@@ -1,13 +1,12 @@
 """What a run's record says, for whoever goes on with the run or does it again: its clone, command, commits, inputs."""
 
-import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ambersafe_cli import data_findings, display, metrics, patches, provenance, runs, upstream, worktrees
-from ambersafe_cli.errors import AmberSafeError, ArchiveError, CloneError, DataError, UsageError
-from ambersafe_cli.overrides import assign, parse_overrides
+from ambersafe_cli.errors import AmberSafeError, ArchiveError, CloneError, DataError
+from ambersafe_cli.overrides import assign
 
 
 def clone(upstreams: Mapping[str, Any], allow_modified: bool) -> Path:
@@ -70,13 +69,3 @@ def command(record: runs.Record, clone: Path, folder: Path, python: str | None) 
             word = assign(key, str(places[key]))
         words.append(str(clone / "train.py") if key == word and Path(word).name == "train.py" else word)
     return words
-
-
-def keep_best(record: runs.Record) -> str | None:
-    """The metric by which this run keeps its best checkpoint."""
-    values = record.get("values")
-    found = values.get("keep_best") if isinstance(values, dict) else None
-    with contextlib.suppress(UsageError):
-        for override in parse_overrides([str(text) for text in record.get("overrides") or ()]):
-            found = override.value if override.key == "keep_best" else found
-    return found if isinstance(found, str) else None

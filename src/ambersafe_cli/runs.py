@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ambersafe_cli import by_hand as handmade
 from ambersafe_cli import display, locks, records
 from ambersafe_cli.errors import ArchiveError, RunFolderError, UsageError
+from ambersafe_cli.overrides import parse_overrides
 
 Record = dict[str, Any]
 
@@ -149,12 +151,25 @@ class Run:
     record: Record
     status: str
 
+    def setting(self, key: str) -> Any:
+        """What a key of upstream's config was in this run: KEY=VALUE, else the recipe's or a flag's; None if unset."""
+        values = self.record.get("values")
+        found = values.get(key) if isinstance(values, dict) else None
+        with contextlib.suppress(UsageError):
+            for override in parse_overrides([str(text) for text in self.record.get("overrides") or ()]):
+                found = override.value if override.key == key else found
+        return found
 
-def look(folder: Path) -> Run | None:
-    """The run in a folder, with its status of now; None if it has no record, or a damaged one, which is said."""
+
+def look(folder: Path, by_hand: bool = False) -> Run | None:
+    """The run in a folder, with its status of now; None if it has no record, or a damaged one, which is said.
+
+    `by_hand`: one that upstream made without us is one too.
+    """
     record = read_or_warn(folder)
     if record is None:
-        return None
+        made = handmade.read(folder) if by_hand else None
+        return Run(folder, made, handmade.STATUS) if made else None
     died = record["status"] == "running" and not (locks.is_held(folder) or _is_elsewhere(record, folder))
     return Run(folder, record, "died" if died else record["status"])
 
@@ -195,6 +210,21 @@ def find(text: str) -> Path:
         f"{len(begun)} runs begin with {text}." if begun else f"There is no run {text} under {folder_of_runs()}.",
         f"There {'are' if len(near) > 1 else 'is'} {', '.join(near)}." if near else "`ambersafe runs` lists them.",
     )
+
+
+def open_run(text: str | None) -> Run:
+    """The run that is meant by a path or a name, also one that upstream made by hand; by default the newest.
+
+    Raises UsageError if there is none such, RunFolderError for a run.json that is damaged.
+    """
+    if text is None:
+        return newest()
+    made = handmade.read(Path(text).absolute()) or handmade.read(folder_of_runs() / text)
+    folder = (Path(text).absolute() if Path(text).exists() else folder_of_runs() / text) if made else find(text)
+    found = look(folder, by_hand=True)
+    if found is None:
+        raise UsageError(f"{folder} is not the folder of a run.", "`ambersafe runs` lists them.")
+    return found
 
 
 def steps(folder: Path, suffix: str = "") -> list[Path]:

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ambersafe_cli import display, metrics, recorded, runs
-from ambersafe_cli.errors import UsageError
+from ambersafe_cli import display, metrics, runs
 
 _SHORT = 12
 """Digits of a commit or fingerprint that are shown; --json has all."""
@@ -18,10 +17,7 @@ _MISSING = object()
 
 def run(name: str | None, as_json: bool) -> None:
     """Show one run, by default the newest. Raises UsageError if there is none."""
-    folder = runs.find(name) if name is not None else runs.newest().folder
-    found = runs.look(folder)
-    if found is None:
-        raise UsageError(f"{folder} is not the folder of a run.", "`ambersafe runs` lists them.")
+    found = runs.open_run(name)
     if as_json:
         display.write_json(as_dictionary(found))
         return
@@ -120,8 +116,8 @@ def _how(run: runs.Run) -> Iterator[tuple[str, str]]:
 
 def _checkpoints(run: runs.Run) -> Iterator[tuple[str, str]]:
     """The checkpoints that are there, the newest first, and what each is."""
-    metric = recorded.keep_best(run.record)
-    best, value = (metric and runs.best_checkpoint(run.folder, metric)) or (None, None)
+    metric = run.setting("keep_best")
+    best, value = (isinstance(metric, str) and runs.best_checkpoint(run.folder, metric)) or (None, None)
     by = f", the best by {metric}: {_number(value)}"
     if runs.checkpoint(run.folder).is_file():
         what = f", the final weights{_fingerprint(run.record, 'checkpoint_fingerprint')}"
