@@ -1,7 +1,7 @@
 """Which weights a name, a path or a checkpoint stands for, and runs that upstream made without us."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
