@@ -44,6 +44,25 @@ match os.environ.get("FAKE", "train"):
             print(f"line {number} " + "x" * 50)
             print(f"bar {number} " + "x" * 50, end="\r", file=sys.stderr)
         save(run_folder)
+    case "steps" | "steps and crash" as what:
+        pause = float(os.environ.get("FAKE_PAUSE", "0"))
+        print("UserWarning: \x1b[31mcareful\x1b[0m\x1b]0;a title\x07", file=sys.stderr)
+        print("eval after 0: {'loss/eval': '0.69315', 'rewards_eval/accuracies': '0', 'rewards_eval/margins': '0'}")
+        for number in range(1, 41):
+            print(f"Computing eval metrics: {number}%|#| {number}/100", end="\r", file=sys.stderr)
+            print(
+                f"train stats after {number * 16} examples: {{'rewards_train/chosen': '{number / 100:.5g}', "
+                f"'rewards_train/rejected': '{-number / 100:.5g}', 'rewards_train/accuracies': '0.75', "
+                f"'rewards_train/margins': '{number / 50:.5g}', 'loss/train': '{0.69315 - number / 100:.5g}', "
+                f"'examples_per_second': '16', 'grad_norm': '23.1', 'counters/examples': {number * 16}}}",
+                flush=True,
+            )
+            time.sleep(pause)
+        print("train stats after 640 examples: {'loss/train': oops}")
+        if what == "steps and crash":
+            raise RuntimeError("the reason of the crash")
+        print("eval after 640: {'loss/eval': '0.25', 'rewards_eval/accuracies': '0.9', 'rewards_eval/margins': '0.8'}")
+        save(run_folder)
     case "crash":
         print("the reason of the crash", file=sys.stderr)
         sys.exit(3)

@@ -14,10 +14,10 @@ from ambersafe_cli import (
     control,
     display,
     environment,
-    journal,
     launch,
     locks,
     metrics,
+    onlooker,
     patches,
     provenance,
     recorded,
@@ -32,22 +32,20 @@ from ambersafe_cli.errors import (
 )
 from ambersafe_cli.overrides import assign
 
-STOPPING = "stopping: a checkpoint is saved when this step has ended; once more (Ctrl-C) stops at once"
 
-
-def run(plan: launch.Launch, record: runs.Record) -> int:
+def run(plan: launch.Launch, record: runs.Record, plain: bool) -> int:
     """Run a new run's train.py to its end, keep run.json up to date, and return the exit status.
 
-    `record` is what run.json says of what is trained.
+    `record` is what run.json says of what is trained; `plain` leaves the live view away.
     Raises RunFolderError, UsageError if another process has the folder, NoCheckpointError if nothing is left of it.
     """
     with locks.locked(plan.run_folder):
         locks.take_stop_request(plan.run_folder)
         runs.require_empty(plan.run_folder)  # another run may have been here since it was made
-        return _attempt(plan, record)
+        return _attempt(plan, record, plain)
 
 
-def _attempt(plan: launch.Launch, record: runs.Record, also: Mapping[str, Any] | None = None) -> int:
+def _attempt(plan: launch.Launch, record: runs.Record, plain: bool, also: Mapping[str, Any] | None = None) -> int:
     """The same for each attempt, with the record of earlier ones; `also` is what there is to say of this attempt alone.
 
     Only for who has the run's lock.
@@ -66,13 +64,8 @@ def _attempt(plan: launch.Launch, record: runs.Record, also: Mapping[str, Any] |
         try:
             if number > 1:
                 metrics.begin_attempt(log_file, number)
-            writer = journal.Journal(folder, number)
-            watcher = child.Watcher(
-                on_line=lambda line, is_stdout: is_stdout and writer.take(line),
-                on_signal=lambda: display.say(STOPPING),
-                is_stop_asked=lambda: _listen(folder),
-            )
-            outcome = child.run(plan, log_file, watcher)
+            with onlooker.watching(folder, record, plain, lambda: _listen(folder)) as watcher:
+                outcome = child.run(plan, log_file, watcher)
         except BaseException:
             runs.write(folder, {**record, "status": "failed", "ended": runs.now()})
             raise
@@ -139,7 +132,7 @@ def _newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def resume(name: str | None, python: str | None, allow_modified: bool, detach: bool) -> int:
+def resume(name: str | None, python: str | None, allow_modified: bool, detach: bool, plain: bool) -> int:
     """Go on with a run, by its folder or name (by default the newest one here that has not finished), where it is.
 
     Raises UsageError for a run that cannot go on, RunFolderError if its run.json cannot be read, CloneError if the
@@ -179,7 +172,7 @@ def resume(name: str | None, python: str | None, allow_modified: bool, detach: b
             "allow_modified": allow_modified,
             "upstream": {"folder": str(clone), "head": state.head, "tree": state.tree, "edited": list(state.edited)},
         }
-        return _attempt(launch.Launch(folder, clone, tuple(command), settings, 1, ()), record, also)
+        return _attempt(launch.Launch(folder, clone, tuple(command), settings, 1, ()), record, plain, also)
 
 
 def _newest_unfinished() -> Path:

@@ -67,6 +67,7 @@ SaveEvery = Annotated[
 NoPreflight = Annotated[bool, typer.Option("--no-preflight", help="Start without looking first.")]
 AllowModified = Annotated[bool, typer.Option("--allow-modified", help="Go on with a clone that was edited.")]
 Detach = Annotated[bool, typer.Option("--detach", help="Run in the background; closing the terminal does not end it.")]
+Plain = Annotated[bool, typer.Option("--plain", help="Print upstream's lines as they are, also on a terminal.")]
 AllowChanged = Annotated[
     bool, typer.Option("--allow-modified", help="Go on although clone, rows or archive are not what they were.")
 ]
@@ -160,6 +161,7 @@ def sft(
     no_preflight: NoPreflight = False,
     allow_modified: AllowModified = False,
     detach: Detach = False,
+    plain: Plain = False,
     dry_run: DryRun = False,
     overrides: Overrides = None,
 ) -> int:
@@ -206,6 +208,7 @@ def dpo(
     no_preflight: NoPreflight = False,
     allow_modified: AllowModified = False,
     detach: Detach = False,
+    plain: Plain = False,
     dry_run: DryRun = False,
     overrides: Overrides = None,
 ) -> int:
@@ -219,11 +222,22 @@ def resume(
     python: Annotated[str | None, typer.Option(help="Another interpreter to run train.py.")] = None,
     allow_modified: AllowChanged = False,
     detach: Detach = False,
+    plain: Plain = False,
 ) -> int:
     """Go on with a run that was stopped or killed, from its newest checkpoint."""
     from ambersafe_cli import attempts
 
-    return attempts.resume(run, python, allow_modified, detach)
+    return attempts.resume(run, python, allow_modified, detach, plain)
+
+
+@app.command()
+def watch(
+    run: Annotated[str | None, typer.Argument(help=_RUN, show_default="the newest")] = None, plain: Plain = False
+) -> None:
+    """See a run as the terminal that started it does: from another one, from another node, or when it has ended."""
+    from ambersafe_cli import watch
+
+    watch.run(run, plain)
 
 
 @app.command()
@@ -242,12 +256,13 @@ def reproduce(
     run: Annotated[str, typer.Argument(help=_RUN)],
     python: Annotated[str | None, typer.Option(help="Another interpreter to run train.py.")] = None,
     allow_modified: AllowChanged = False,
+    plain: Plain = False,
     dry_run: DryRun = False,
 ) -> int:
     """Do a run again as its run.json says, after listing what is no longer as it was, and compare the metrics."""
     from ambersafe_cli import reproduce
 
-    return reproduce.run(run, python, allow_modified, dry_run)
+    return reproduce.run(run, python, allow_modified, plain, dry_run)
 
 
 @app.command()
@@ -318,11 +333,13 @@ def recipes(
 
 
 @app.command()
-def demo(folder: Clone = DEFAULT_CLONE, repo: Repo = None, python: Python = sys.executable) -> int:
+def demo(
+    folder: Clone = DEFAULT_CLONE, repo: Repo = None, python: Python = sys.executable, plain: Plain = False
+) -> int:
     """Set up, and take a tiny model through both stages: a minute."""
     from ambersafe_cli import demo
 
-    return demo.run(folder.absolute(), repo, python)
+    return demo.run(folder.absolute(), repo, python, plain)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ class Change:
     after: float
 
 
-def run(clone: Path, url: str | None, python: str) -> int:
+def run(clone: Path, url: str | None, python: str, plain: bool) -> int:
     """Set up, build the model, train both stages, show what changed. Returns the exit status. Raises AmberSafeError."""
     environment.probe(python).require_packages()
     with display.progress("setup") as progress:
@@ -34,7 +34,7 @@ def run(clone: Path, url: str | None, python: str) -> int:
         flags = recipe.Flags(values={"model.name_or_path": str(model)}, data=str(DATA))
         archive = runs.checkpoint(run_folders["sft"]) if stage == "dpo" else None
         prepared = stages.prepare(stages.Request(stage, "tiny", flags, (), clone, python, None, archive))
-        if status := stages.start(prepared):
+        if status := stages.start(prepared, plain=plain):
             return status
         run_folders[stage] = prepared.launch.run_folder
     changes = compare(run_folders["sft"], run_folders["dpo"])

@@ -50,6 +50,13 @@ def write(text: str) -> None:
     print(text, flush=True)
 
 
+def write_bytes(data: bytes) -> None:
+    """A part of the answer as it is, such as a log that may hold anything."""
+    sys.stdout.flush()
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+
+
 def write_json(value: Any) -> None:
     """The answer for a program."""
     write(json.dumps(value, indent=2, ensure_ascii=False))

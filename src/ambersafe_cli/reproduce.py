@@ -26,7 +26,7 @@ from ambersafe_cli.overrides import parse_overrides
 _TIME = re.compile(r"_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d+$")
 
 
-def run(name: str, python: str | None, allow_modified: bool, dry_run: bool) -> int:
+def run(name: str, python: str | None, allow_modified: bool, plain: bool, dry_run: bool) -> int:
     """Check as before a new run, list what is no longer as it was, train again in a new run folder, compare.
 
     Returns train.py's exit status. Raises UsageError for a run that cannot be done again, CloneError if the series that
@@ -48,7 +48,7 @@ def run(name: str, python: str | None, allow_modified: bool, dry_run: bool) -> i
     if dry_run:
         display.write(prepared.launch.as_shell())
         return 0
-    status = stages.start(prepared, report)
+    status = stages.start(prepared, report, plain=plain)
     if status == 0:
         compare(folder, prepared.launch.run_folder)
     return status

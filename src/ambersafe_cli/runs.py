@@ -40,6 +40,14 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat()
 
 
+def seconds(moment: object) -> float | None:
+    """A time of a record in seconds since 1970; None for what is none."""
+    try:
+        return datetime.datetime.fromisoformat(str(moment)).timestamp()
+    except (ValueError, OverflowError):
+        return None
+
+
 def folder_for(exp_name: str) -> Path:
     """The folder that a run with this exp_name gets if it starts now."""
     return folder_of_runs() / f"{exp_name}_{datetime.datetime.now().astimezone():%Y-%m-%d_%H-%M-%S_%f}"

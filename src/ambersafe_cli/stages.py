@@ -49,6 +49,7 @@ class Request:
     preflight: bool = True
     allow_modified: bool = False
     detach: bool = False
+    plain: bool = False
 
 
 # What the flags of both commands set in upstream's config, as they stand.
@@ -98,6 +99,7 @@ def request(stage: recipes.StageName, params: Mapping[str, Any]) -> Request:
         preflight=not params["no_preflight"],
         allow_modified=params["allow_modified"],
         detach=params["detach"],
+        plain=params["plain"],
     )
 
 
@@ -118,7 +120,7 @@ def run(request: Request) -> int:
     if request.preflight:
         report = preflight.check(subject(prepared))
         require(report)
-    return start(prepared, report, request.detach)
+    return start(prepared, report, request.detach, request.plain)
 
 
 def check(request: Request, as_json: bool) -> None:
@@ -157,11 +159,13 @@ def require(report: preflight.Report) -> None:
         raise PreflightError(f"Not started: preflight found {count}.", "--no-preflight starts without these checks.")
 
 
-def start(prepared: "Prepared", report: preflight.Report | None = None, detach: bool = False) -> int:
+def start(
+    prepared: "Prepared", report: preflight.Report | None = None, detach: bool = False, plain: bool = False
+) -> int:
     """Make the run folder and run a prepared stage to its end; return the exit status. Raises AmberSafeError.
 
     `report` is what preflight found, or None if it was left away: it goes into run.json. `detach` leaves the run to a
-    process in the background.
+    process in the background; `plain` leaves the live view away.
     """
     prepared.environment.require_packages()
     folder = prepared.launch.run_folder
@@ -174,7 +178,7 @@ def start(prepared: "Prepared", report: preflight.Report | None = None, detach: 
             runs.require_empty(folder)  # another run may have been here since it was made
             runs.write(folder, {**record, **begun, "status": "running"})
         return control.detach(folder, None, prepared.allow_modified)
-    return attempts.run(prepared.launch, record)
+    return attempts.run(prepared.launch, record, plain)
 
 
 @dataclass(frozen=True)
