@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ambersafe_cli import metrics
 from ambersafe_cli.following import Following, clean
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ class View:
         last = self._run.curves.last
         for name, key in METRICS[self._run.stage]:
             curve_width = width - 31
-            arrow, curve = self._curve(key, [each.values.get(key, math.nan) for each in steps], curve_width)
+            arrow, curve = self._curve(key, steps, curve_width)
             value = number(last.values.get(key)) if last else ""
             line = self._text(f"{name:<16}", width)
             line.append(f"{value:>10}", style="bold")
@@ -188,15 +189,15 @@ class View:
             lines.append(line)
         return lines
 
-    def _curve(self, key: str, values: list[float], width: int) -> tuple[str, str]:
-        size = (len(values), width)
+    def _curve(self, key: str, steps: list[metrics.Record], width: int) -> tuple[str, str]:
         known = self._drawn.get(key)
-        if known and known[0][1] == width and 0 <= len(values) - known[0][0] <= known[0][0] // 100:
+        if known and known[0][1] == width and 0 <= len(steps) - known[0][0] <= known[0][0] // 100:
             return known[1], known[2]
+        values = [each.values.get(key, math.nan) for each in steps]
         rising = trend(values)
         arrow = "" if rising is None else (_ASCII_ARROWS if self._ascii else _ARROWS)[rising]
         curve = sparkline(values, width, _ASCII_BARS if self._ascii else _BARS)
-        self._drawn[key] = (size, arrow, curve)
+        self._drawn[key] = ((len(steps), width), arrow, curve)
         return arrow, curve
 
     def _state(self, width: int, now: float) -> list["Text"]:
