@@ -44,6 +44,13 @@ def test_a_later_attempt_begins_a_line_of_its_own_behind_a_torn_one(tmp_path: Pa
     assert [entry.attempt for entry in found if isinstance(entry, metrics.Record)] == [1, 2]
 
 
+def test_the_length_of_the_run_is_in_the_file(tmp_path: Path) -> None:
+    journal.Journal(tmp_path, 2).take("training on 1440 examples in all")
+    (found,) = journal.read(tmp_path)
+    assert isinstance(found, metrics.Total)
+    assert (found.examples, found.attempt) == (1440, 2)
+
+
 def test_a_disk_that_is_full_does_not_stop_it(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     entry = journal.Journal(tmp_path, 1).take(LINE)
@@ -83,7 +90,7 @@ def test_a_record_is_read_back_as_it_was_but_for_the_kind_of_what_is_no_number(r
 
 @given(st.text() | st.recursive(st.none() | st.integers() | st.text(), st.lists).map(json.dumps))
 def test_no_line_of_the_file_is_fatal(line: str) -> None:
-    assert isinstance(journal.from_line(line), metrics.Record | metrics.Unreadable)
+    assert isinstance(journal.from_line(line), journal.Entry)
 
 
 def test_what_a_later_attempt_does_again_is_counted_once() -> None:

@@ -263,6 +263,12 @@ def test_a_trend_is_told_from_noise(values: list[float], expected: int | None) -
     assert view.trend(values) == expected
 
 
+def test_the_length_that_train_py_tells_is_that_of_the_view() -> None:
+    run = recorded("dpo")
+    run.take_entry(metrics.Total(5000))
+    assert "of 5,000 examples" in view.View(run).lines(80, 24, 1.7e9)[2].plain
+
+
 def test_the_time_left_is_by_the_pace_of_this_attempt() -> None:
     run = recorded("dpo")
     run.curves = following.curves.Curves()

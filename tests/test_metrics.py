@@ -52,10 +52,14 @@ def test_whatever_upstream_formats_is_read_back_to_its_five_digits(
         assert record.examples == examples
 
 
+def test_the_length_of_the_run_is_read() -> None:
+    assert metrics.parse_line("training on 1440 examples in all") == metrics.Total(1440)
+
+
 @given(st.text() | st.text().map(lambda text: f"eval after 3: {{{text}}}"))
 def test_no_line_is_fatal(line: str) -> None:
     record = metrics.parse_line(line)
-    assert record is None or isinstance(record, metrics.Record | metrics.Unreadable)
+    assert record is None or isinstance(record, metrics.Found)
 
 
 def test_other_lines_are_no_records() -> None:

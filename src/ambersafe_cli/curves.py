@@ -30,6 +30,8 @@ class Curves:
         if isinstance(entry, metrics.Unreadable):
             self.unreadable += 1
             return
+        if isinstance(entry, metrics.Total):
+            return
         if entry.attempt > self._attempt:
             self._go_back(entry)
         if entry.kind == "eval":

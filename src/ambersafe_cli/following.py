@@ -57,6 +57,8 @@ class Following:
     def take_entry(self, entry: journal.Entry) -> None:
         """What metrics.jsonl got, or holds."""
         self.curves.add(entry)
+        if isinstance(entry, metrics.Total):
+            self.planned_examples = entry.examples or None
         if isinstance(entry, metrics.Record) and entry.kind == "train":
             if entry.attempt != self._attempt:
                 self._attempt, self._first = entry.attempt, entry

@@ -1,7 +1,8 @@
 """metrics.jsonl in a run's folder: what train.py printed of its metrics, one JSON object a line, as it comes.
 
 Every line has `kind`, `time` (seconds since 1970) and `attempt`. Of kind `train` and `eval` it has `examples` and the
-metrics by upstream's names, null for what is not a finite number; of kind `unreadable` it has the `line`.
+metrics by upstream's names, null for what is not a finite number; of kind `total` it has the `examples` that the run
+will train on; of kind `unreadable` the `line`.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,16 @@ from ambersafe_cli import metrics
 FILE = "metrics.jsonl"
 _OWN = ("kind", "time", "attempt", "examples", "line")
 
-Entry = metrics.Record | metrics.Unreadable
+Entry = metrics.Record | metrics.Total | metrics.Unreadable
 
 
 def to_line(entry: Entry) -> str:
     """An entry as it stands in the file, with its line feed."""
     if isinstance(entry, metrics.Unreadable):
         own: dict[str, Any] = {"kind": "unreadable", "time": entry.time, "attempt": entry.attempt, "line": entry.line}
+        return json.dumps(own) + "\n"
+    if isinstance(entry, metrics.Total):
+        own = {"kind": "total", "time": entry.time, "attempt": entry.attempt, "examples": entry.examples}
         return json.dumps(own) + "\n"
     values = {k: v if math.isfinite(v) else None for k, v in entry.values.items() if k not in _OWN}
     own = {"kind": entry.kind, "time": entry.time, "attempt": entry.attempt, "examples": entry.examples}
@@ -40,9 +45,11 @@ def from_line(line: str) -> Entry:
         moment = None if moment is None else float(moment)
         if kind == "unreadable":
             return metrics.Unreadable(str(found["line"]), attempt, moment)
-        if kind not in ("train", "eval"):
+        if kind not in ("train", "eval", "total"):
             return metrics.Unreadable(line)
         examples = int(found.pop("examples"))
+        if kind == "total":
+            return metrics.Total(examples, attempt, moment)
         values = {key: math.nan if value is None else float(value) for key, value in found.items()}
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return metrics.Unreadable(line)
@@ -63,10 +70,10 @@ class Journal:
         if found is None or isinstance(found, metrics.Commit):
             return None
         now = round(time.time(), 3)
-        if isinstance(found, metrics.Unreadable):
-            entry: Entry = metrics.Unreadable(found.line, self._attempt, now)
+        if isinstance(found, metrics.Record):
+            entry: Entry = found._replace(attempt=self._attempt, time=now)
         else:
-            entry = metrics.Record(found.kind, found.examples, found.values, self._attempt, now)
+            entry = replace(found, attempt=self._attempt, time=now)
         self._write(to_line(entry).encode())
         return entry
 

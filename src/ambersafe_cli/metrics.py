@@ -13,6 +13,8 @@ from ambersafe_cli.errors import RunFolderError
 # Upstream, trainers.py: "train stats after N examples: {...}", "eval after N: {...}"; the floats in them are strings.
 _STATS = re.compile(r"(?P<kind>train stats|eval) after (?P<examples>\d{1,18})(?: examples)?: (?P<values>\{.*\})")
 _ALMOST = re.compile(r"(?:train stats|eval) after \d+(?: examples)?: ")
+# The patch that says it.
+_TOTAL = re.compile(r"training on (\d{1,18}) examples in all$")
 # Patches 0001 and 0006.
 _RESOLVED = re.compile(r"resolved (?P<what>model|dataset) (?P<name>.+) to revision (?P<commit>[0-9a-f]{40})")
 
@@ -45,6 +47,15 @@ class Commit:
 
 
 @dataclass(frozen=True)
+class Total:
+    """How many examples the run trains on in all, all epochs counted, before a first step is made."""
+
+    examples: int
+    attempt: int = 1
+    time: float | None = None
+
+
+@dataclass(frozen=True)
 class Unreadable:
     """A line that begins as one of metrics does, and cannot be read."""
 
@@ -65,9 +76,14 @@ class Log:
     unreadable: int
 
 
-def parse_line(line: str) -> Record | Commit | Unreadable | None:
+Found = Record | Total | Unreadable | Commit
+
+
+def parse_line(line: str) -> Found | None:
     """Read one line; None for every line that has nothing to say here."""
     if " after " not in line:  # most lines: the searches cost more
+        if match := _TOTAL.search(line):
+            return Total(int(match[1]))
         match = _RESOLVED.search(line)
         return Commit(match["what"], match["commit"]) if match else None
     match = _STATS.search(line)
@@ -104,7 +120,7 @@ def begin_attempt(log: Path, number: int) -> None:
         raise RunFolderError(f"Cannot write {log}: {error.strerror}") from error
 
 
-def parse(lines: Iterable[str]) -> Iterator[Record | Commit | Unreadable]:
+def parse(lines: Iterable[str]) -> Iterator[Found]:
     """Read the lines of a run's output, one by one, each with the attempt that it is of."""
     attempt = 1
     for line in lines:
@@ -118,7 +134,7 @@ def parse(lines: Iterable[str]) -> Iterator[Record | Commit | Unreadable]:
             yield found
 
 
-def read(path: Path) -> Iterator[Record | Commit | Unreadable]:
+def read(path: Path) -> Iterator[Found]:
     """Read a run's train.log one by one; one that is not there is an empty one."""
     if path.exists():
         with path.open(encoding="utf-8", errors="replace") as file:
@@ -136,6 +152,8 @@ def read_log(path: Path) -> Log:
             commits[found.what] = found.commit
         elif isinstance(found, Unreadable):
             unreadable += 1
+        elif isinstance(found, Total):
+            continue
         elif found.kind == "eval":
             evaluations.append(found)
         else:
