@@ -243,6 +243,10 @@ def test_lr_decay_reaches_zero_behind_the_last_step(
         wanted = {"linear": 1 - progress, "cosine": torch.cos(torch.tensor(torch.pi * progress)).item() / 2 + 0.5}
         assert rate == pytest.approx(1e-4 * (min(1, (step + 1) / 4) if step < warmup else wanted[decay]), abs=1e-10)
     assert last == pytest.approx(0, abs=1e-12)
+    stats = [record for record in records_of(run) if record.kind == "train"]
+    logged = {record.examples // 16 - 1: record.values["learning_rate"] for record in stats}
+    assert len(logged) == total
+    assert [logged[step] for step in steps] == [float(f"{rate:.5g}") for rate in rates]
 
 
 def test_steps_are_counted_as_upstreams_iterator_yields_them(patched: Path, model: Path, tmp_path: Path) -> None:  # noqa: F811

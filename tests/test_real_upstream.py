@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Ambersafe, git, only_run, run_ambersafe
+from conftest import ROOT, Ambersafe, git, only_run, records_of, run_ambersafe
 
 from ambersafe_cli import demo, metrics, patches, upstream
 
@@ -210,10 +210,24 @@ def test_train_stats_equal_upstreams_own_to_every_printed_digit(
     )
     for stage, output in (("sft", sft), ("dpo", dpo)):
         theirs = metric_lines(output)
-        mine = metric_lines((only_run(ours, stage) / "train.log").read_text())
+        mine = [re.sub(", 'learning_rate': '[^']*'", "", line) for line in own_lines(ours, stage)]
         assert len([line for line in theirs if line.startswith("train stats")]) >= 8
         assert mine[: len(theirs)] == theirs
         assert len(mine) == len(theirs) + 1, "and the evaluation of the final weights, which upstream does not do"
+
+
+def own_lines(work: Path, stage: str) -> list[str]:
+    return metric_lines((only_run(work, stage) / "train.log").read_text())
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_train_stats_say_the_learning_rate_of_their_step_through_the_warmup(ours: Path, stage: str) -> None:
+    """TINY warms up in 3 steps: the first one is taken at a quarter of 1e-4, not at 0 and not at the second's half."""
+    records = records_of(only_run(ours, stage))
+    rates = [record.values["learning_rate"] for record in records if record.kind == "train"]
+    assert rates[:4] == [2.5e-5, 5e-5, 7.5e-5, 1e-4]
+    assert set(rates[4:]) == {1e-4}
+    assert not [record for record in records if record.kind == "eval" and "learning_rate" in record.values]
 
 
 def test_both_stages_leave_a_run_that_tells_what_was_run(ours: Path, patched: Path, model: Path, rows: Path) -> None:

@@ -27,6 +27,7 @@ SETTINGS = (
     "eval_every=128",
     "save_every_examples=32",
     "keep_checkpoints=3",
+    "lr_decay=cosine",
 )
 
 
@@ -84,6 +85,7 @@ def test_a_run_that_is_killed_at_random_steps_ends_with_the_numbers_of_one_that_
 
     run = only_run(tmp_path, stage)
     assert numbers(run) == numbers(only_run(whole, stage)), kills
+    assert len({dict(values).get("learning_rate") for values in numbers(run).values()}) > STEPS / 2
     mine, theirs = load(run / "LATEST" / "policy.pt"), load(only_run(whole, stage) / "LATEST" / "policy.pt")
     assert all(bool((mine["state"][name] == theirs["state"][name]).all()) for name in theirs["state"])
     record = json.loads((run / "run.json").read_text())
