@@ -67,6 +67,8 @@ def test_version_and_module_entry_point(ambersafe: Ambersafe) -> None:
         (("dpo", "--beta", "inf"), 64, "loss.beta must be a number above 0"),
         (("dpo", "--beta", "0"), 64, "loss.beta must be a number above 0"),
         (("sft", "--trainer", "Foo"), 64, "There is no trainer Foo"),
+        (("sft", "--template", "alpaca"), 64, "Invalid value for '--template'"),
+        (("dpo", "template=alpaca"), 64, "There is no template alpaca"),
         (("sft", "--keep", "0"), 64, "Invalid value for '--keep'"),
         (("sft", "--save-every", "5h"), 64, "Invalid value for '--save-every'"),
         (("sft", "--model", ".", "--model-revision", "v1"), 64, "is a local folder"),

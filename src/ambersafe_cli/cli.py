@@ -26,6 +26,12 @@ class Loss(enum.StrEnum):
     ipo = "ipo"
 
 
+class Template(enum.StrEnum):
+    none = "none"
+    hh = "hh"
+    chat = "chat"
+
+
 Clone = Annotated[
     Path, typer.Option("--dir", envvar="AMBERSAFE_UPSTREAM_DIR", help="The folder of the clone of upstream.")
 ]
@@ -46,6 +52,11 @@ BatchSize = Annotated[int | None, typer.Option(min=1, help="Examples (SFT) or pa
 GradAccum = Annotated[int | None, typer.Option(min=1, help="Microbatches that a batch is cut into.")]
 LearningRate = Annotated[float | None, typer.Option("--lr", min=0, help="Learning rate.")]
 Epochs = Annotated[int | None, typer.Option(min=1, help="Times through the data.")]
+_RECIPES = "the recipe's"
+_TEMPLATE = "The form of a prompt: none, hh (Human and Assistant), or chat (the tokenizer's own)."
+PromptTemplate = Annotated[
+    Template | None, typer.Option("--template", help=_TEMPLATE, show_default="the recipe's, none")
+]
 MaxLength = Annotated[int | None, typer.Option(min=2, help="Tokens of prompt and response together.")]
 Trainer = Annotated[str | None, typer.Option(help="FSDPTrainer or BasicTrainer.")]
 ExpName = Annotated[str | None, typer.Option(help="The run's name: the beginning of its folder's.")]
@@ -147,6 +158,7 @@ def sft(
     lr: LearningRate = None,
     epochs: Epochs = None,
     max_length: MaxLength = None,
+    template: PromptTemplate = None,
     trainer: Trainer = None,
     exp_name: ExpName = None,
     seed: Seed = None,
@@ -194,6 +206,7 @@ def dpo(
     lr: LearningRate = None,
     epochs: Epochs = None,
     max_length: MaxLength = None,
+    template: PromptTemplate = None,
     trainer: Trainer = None,
     exp_name: ExpName = None,
     seed: Seed = None,
@@ -288,12 +301,21 @@ def data(
     data: Data = None,
     data_revision: DataRevision = None,
     recipe: RecipeName = "ambersafe",
+    template: Annotated[
+        Template | None, typer.Option(help="Show the first example in this form too, as training sees it.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="For the template chat: the model whose tokenizer has it.", show_default=_RECIPES)
+    ] = None,
+    model_revision: ModelRevision = None,
+    python: Python = sys.executable,
     as_json: Json = False,
 ) -> None:
     """Count what preference data holds: rows, pairs, lengths."""
-    from ambersafe_cli import reports
+    from ambersafe_cli import prefetch, reports
 
-    reports.data(recipe, data, data_revision, as_json)
+    flags = prefetch.flags(model, model_revision, data, data_revision)
+    reports.data(recipe, flags, template, python, as_json)
 
 
 @app.command()

@@ -56,6 +56,14 @@ def summarize(source: str, revision: str | None) -> dict[str, SplitSummary]:
     return summaries
 
 
+def first_example() -> tuple[str, str]:
+    """The prompt and the chosen response of the first pair to train on, of the data that was summarized last."""
+    from ambersafe_cli.saferlhf import get_saferlhf
+
+    prompt, entry = next(iter(get_saferlhf("train", silent=True).items()))
+    return prompt, entry["responses"][0]
+
+
 def _summarize(table: "pa.Table", data: Mapping[str, Mapping[str, list[str]]]) -> SplitSummary:
     import numpy as np
     import pyarrow.compute as pc

@@ -20,6 +20,7 @@ SAMPLE = 5_000
 
 _LOOK_AT_DATA = Path(__file__).parent / "children" / "look_at_data.py"
 _SAFERLHF = Path(__file__).parent / "saferlhf.py"
+_TEMPLATES = Path(__file__).parent / "templates.py"
 
 
 def look_at_data(
@@ -28,6 +29,8 @@ def look_at_data(
     """Have the training interpreter count and measure the rows; see children/look_at_data.py."""
     request = {
         "saferlhf": str(_SAFERLHF),
+        "templates": str(_TEMPLATES),
+        "template": config.get("template"),
         "tokenizer": tokenizer.name,
         "revision": tokenizer.revision,
         "stage": stage.name,
@@ -72,6 +75,12 @@ def of_data(stage: "Stage", config: Mapping[str, Any], data: Mapping[str, Any]) 
             "error", f"Cannot read {stage.data}: {data['error']}", "`ambersafe data` tries again and says more."
         )
         return
+    if data.get("not_rendered"):
+        yield Finding(
+            "error",
+            f"The prompts cannot be rendered with the template {config['template']}: {data['not_rendered']}.",
+            "--template hh and --template none need nothing of the tokenizer.",
+        )
     what = "prompts" if stage.name == "sft" else "pairs"
     for name, split in data["splits"].items():
         yield from _of_split(stage, config, name, split, data["eos"])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from ambersafe_cli import checkpoints, data_findings, hub
+from ambersafe_cli import checkpoints, data_findings, hub, models
 from ambersafe_cli.environment import INSTALL_HINT
 from ambersafe_cli.errors import ArchiveError, CloneError
 from ambersafe_cli.findings import Finding
@@ -60,7 +60,7 @@ def check(subject: Subject) -> Report:
     findings = [*_of_clone(subject), *_of_environment(subject), *_of_types(config)]
     if any(finding.level == "error" for finding in findings):
         return Report(tuple(findings), None)  # what follows reckons with these
-    findings += [*_of_settings(subject, config), *_of_wandb(config)]
+    findings += [*_of_settings(subject, config), *_of_template(subject, config), *_of_wandb(config)]
     sources = hub.sources(config, subject.stage.data, subject.stage.data_revision)
     lacking = {source: hub.lacking(source) for source in sources}
     findings += _of_sources(subject, lacking)
@@ -178,6 +178,21 @@ def _of_settings(subject: Subject, config: Mapping[str, Any]) -> Iterator[Findin
             "error",
             f"eval_every {config['eval_every']} is smaller than batch_size {batch}: upstream rounds it to 0 and fails.",
             f"Add eval_every={batch} behind the flags, or more.",
+        )
+
+
+def _of_template(subject: Subject, config: Mapping[str, Any]) -> Iterator[Finding]:
+    """A model that saw one form of prompts in SFT has to learn another one in DPO, beside what DPO is for."""
+    archive = subject.stage.get("model.archive")
+    run = models.run_of(Path(str(archive))) if archive else None
+    if run is None:
+        return
+    then, now = (template or "none" for template in (run.setting("template"), config.get("template")))
+    if then != now:
+        yield Finding(
+            "warning",
+            f"{run.folder.name}, which this starts from, was trained with the template {then}, this run has {now}.",
+            f"--template {then} goes on with that one.",
         )
 
 

@@ -16,6 +16,7 @@ import yaml
 
 from ambersafe_cli.errors import DataError, RecipeError, UsageError
 from ambersafe_cli.overrides import Override, Value, parse_overrides, read_yaml
+from ambersafe_cli.templates import TEMPLATES
 
 FOLDER = Path(__file__).parent / "recipes"
 DEFAULT = "ambersafe"
@@ -23,6 +24,8 @@ HUB_DATASET = "PKU-Alignment/PKU-SafeRLHF"
 
 UPSTREAMS_MAX_PROMPT_LENGTH = 256
 TRAINERS = ("FSDPTrainer", "BasicTrainer", "TensorParallelTrainer")
+COME_AS_HH = ("hh", "shp", "se")
+"""Upstream's own datasets, whose prompts have the form of the template hh already."""
 
 StageName = Literal["sft", "dpo"]
 
@@ -211,9 +214,25 @@ def _check(stage: Stage) -> None:
             f"max_length is {longest}, and max_prompt_length {prompt} of it: nothing is left for a response.",
             f"Add max_prompt_length={longest // 2} behind the flags." if longest > 3 else "Give a larger --max-length.",
         )
+    _check_template(stage.get("template"), stage.get("datasets"))
     exp_name = stage.get("exp_name")
     if not isinstance(exp_name, str) or not exp_name.strip(".") or "/" in exp_name or "\0" in exp_name:
         raise UsageError(f"exp_name names a folder, it cannot be {exp_name!r}.", "Give --exp-name NAME.")
+
+
+def _check_template(template: Value, datasets: Value) -> None:
+    if template not in (None, *TEMPLATES):
+        raise UsageError(
+            f"There is no template {template}.",
+            f"--template takes none, {', '.join(TEMPLATES)}; in a recipe, and as template=…, none is written null.",
+        )
+    names = datasets if isinstance(datasets, list) else ["hh"]  # upstream's own default
+    formed = [str(name) for name in names if name in COME_AS_HH]
+    if template == "chat" and formed:
+        raise UsageError(
+            f"The prompts of {', '.join(formed)} come in the form hh, and chat cannot be applied to them.",
+            "Take --template hh, which leaves them as they are.",
+        )
 
 
 def _absolute_if_local(model: str) -> str:

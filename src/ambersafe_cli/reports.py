@@ -1,11 +1,12 @@
 """What the commands that do not train answer: setup, status, data, recipes."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ambersafe_cli import data as data_
-from ambersafe_cli import display, environment, patches, recipe
+from ambersafe_cli import display, environment, patches, recipe, rendering
 from ambersafe_cli.errors import CloneError
 
 if TYPE_CHECKING:
@@ -78,12 +79,23 @@ def _clone_json(clone: "CloneState") -> dict[str, Any]:
     }
 
 
-def data(recipe_name: str, source: str | None, revision: str | None, as_json: bool) -> None:
-    """Count the rows that a recipe, or --data, would train on. Raises DataError, UsageError, RecipeError."""
-    place, revision = recipe.resolve_data(recipe.load(recipe_name), recipe.Flags({}, source, revision))
+def data(recipe_name: str, flags: recipe.Flags, template: str | None, python: str, as_json: bool) -> None:
+    """Count the rows that a recipe, or --data, would train on, and show the first example as a template renders it.
+
+    Raises DataError, UsageError, RecipeError, and for the template chat HubError and TrainingEnvironmentError.
+    """
+    chosen = recipe.load(recipe_name)
+    place, revision = recipe.resolve_data(chosen, flags)
+    tokenizer = rendering.tokenizer_of(chosen, flags) if template == "chat" else None
     summaries = data_.summarize(place, revision)
+    example = None
+    if template:
+        by = None if template == "none" else template
+        prompt, answer = rendering.render(*data_.first_example(), by, tokenizer, python)
+        example = {"template": template, "prompt": prompt, "chosen": answer}
     if as_json:
-        display.write_json({"data": place, "revision": revision, **{name: asdict(s) for name, s in summaries.items()}})
+        counts = {name: asdict(summary) for name, summary in summaries.items()}
+        display.write_json({"data": place, "revision": revision, **counts, **({"example": example} if example else {})})
         return
     labels = {
         "rows": "rows",
@@ -100,6 +112,10 @@ def data(recipe_name: str, source: str | None, revision: str | None, as_json: bo
             name = f"{text}: characters, " + ("longest" if percentile == 100 else f"{percentile} % are up to")
             rows.append((name, *(f"{s.lengths[text][label]:,}" for s in summaries.values())))
     display.write_table(f"{place}{f' at {revision}' if revision else ''}", ("", *summaries), rows)
+    if example:
+        display.write(f"The first example with the template {template}, as JSON writes it:")
+        for part in ("prompt", "chosen"):
+            display.write(f"{part}  {json.dumps(example[part], ensure_ascii=False)}")
 
 
 def recipes(name: str | None, as_json: bool) -> None:

@@ -79,6 +79,8 @@ def request(stage: recipes.StageName, params: Mapping[str, Any]) -> Request:
         values["model.fsdp_policy_mp"] = "bfloat16"
     if params.get("loss"):
         values["loss.name"] = str(params["loss"])
+    if params["template"]:
+        values["template"] = None if params["template"] == "none" else str(params["template"])
     if params["keep"]:
         values["keep_checkpoints"] = None if params["keep"] == "all" else _number(params["keep"], "--keep")
     if params["save_every"]:
@@ -218,11 +220,11 @@ def prepare(request: Request) -> Prepared:
 
 # What DPO needs told again if SFT was told it: where things are and how long texts may be, but not how to train.
 _CARRIED_FLAGS = (
-    "recipe", "model", "model_revision", "data", "data_revision", "max_length", "trainer", "wandb", "nproc", "keep",
-    "save_every", "python",
+    "recipe", "model", "model_revision", "data", "data_revision", "max_length", "template", "trainer", "wandb", "nproc",
+    "keep", "save_every", "python",
 )  # fmt: skip
 _CARRIED_KEYS = (
-    "model.", "datasets", "max_", "eval_batch_size", "n_eval_examples", "fsdp_port", "keep_eos", "drop_eos",
+    "model.", "datasets", "max_", "eval_batch_size", "n_eval_examples", "fsdp_port", "keep_eos", "drop_eos", "template",
 )  # fmt: skip
 _EXPORT = Path(__file__).parent / "children" / "to_hugging_face.py"
 

@@ -1,10 +1,11 @@
 """Count a run's rows and measure them with its tokenizer: `python look_at_data.py REQUEST.json-text`, JSON on stdout.
 
-Runs under the training interpreter. The request: saferlhf (the path of saferlhf.py), tokenizer (a folder, or a name on
-the hub; without one only fingerprints are taken), revision, stage (an example is a prompt and its target in sft, a pair
-in dpo), max_length, max_prompt_length, keep_eos, drop_eos, batch_size, sample (how many examples to tokenize). The rows
-come from where SAFERLHF_DATASET says. The answer: for each split its counts and fingerprint; or `error`, and what
-`datasets` or the tokenizer said.
+Runs under the training interpreter. The request: saferlhf and templates (the paths of saferlhf.py and templates.py),
+template (or null), tokenizer (a folder, or a name on the hub; without one only fingerprints are taken), revision, stage
+(an example is a prompt and its target in sft, a pair in dpo), max_length, max_prompt_length, keep_eos, drop_eos,
+batch_size, sample (how many examples to tokenize). The rows come from where SAFERLHF_DATASET says. The EOS is looked
+for in the texts as they stand, lengths are of rendered ones. The answer: for each split its counts and fingerprint; if
+the template cannot be applied `not_rendered`, why; or only `error`, what `datasets` or the tokenizer said.
 """
 
 import hashlib
@@ -19,20 +20,25 @@ from dataclasses import dataclass
 from typing import Any
 
 
-def load_saferlhf_module(path: str) -> Any:
+def load_module(path: str) -> Any:
     return types.SimpleNamespace(**runpy.run_path(path))
 
 
 @dataclass(frozen=True)
 class MeasuringTokenizer:
-    """The EOS string, and a function that counts each text's tokens as upstream does, without special ones."""
+    """The EOS string, a function that counts each text's tokens as upstream does, without special ones, and the whole
+    tokenizer of transformers where that was opened."""
 
     eos: str | None
     lengths: Callable[[list[str]], list[int]]
+    whole: Any = None
 
 
-def open_tokenizer(name: str, revision: str | None) -> MeasuringTokenizer:
-    """Open a tokenizer; one that has a tokenizer.json without transformers, which takes seconds to import."""
+def open_tokenizer(name: str, revision: str | None, template: str | None = None) -> MeasuringTokenizer:
+    """Open a tokenizer; one that has a tokenizer.json without transformers, which takes seconds to import, unless its
+    chat template is needed."""
+    if template == "chat":
+        return open_whole_tokenizer(name, revision)
     import huggingface_hub
 
     def file(filename: str) -> str:
@@ -51,13 +57,18 @@ def open_tokenizer(name: str, revision: str | None) -> MeasuringTokenizer:
             lambda texts: [len(encoded.ids) for encoded in fast.encode_batch(texts, add_special_tokens=False)],
         )
     except Exception:  # an older model: only transformers can build its tokenizer, or say what is wrong with it
-        import transformers
+        return open_whole_tokenizer(name, revision)
 
-        slow: Any = transformers.AutoTokenizer.from_pretrained(name, revision=revision or "main")
-        return MeasuringTokenizer(
-            slow.eos_token,
-            lambda texts: [len(ids) for ids in slow(texts, add_special_tokens=False)["input_ids"]],
-        )
+
+def open_whole_tokenizer(name: str, revision: str | None) -> MeasuringTokenizer:
+    import transformers
+
+    whole: Any = transformers.AutoTokenizer.from_pretrained(name, revision=revision or "main")
+    return MeasuringTokenizer(
+        whole.eos_token,
+        lambda texts: [len(ids) for ids in whole(texts, add_special_tokens=False)["input_ids"]],
+        whole,
+    )
 
 
 def fingerprint(table: Any) -> str:
@@ -110,8 +121,8 @@ def holds_eos(example: Example, eos: str | None) -> bool:
 def cut_one(
     prompt: int, responses: list[int], max_length: int, max_prompt_length: int, keep_eos: bool
 ) -> tuple[int, list[int]]:
-    """The tokens that upstream's truncation (tokenize_batch_element, keep_start) leaves of a prompt and its responses,
-    whose EOS is counted in."""
+    """The tokens that upstream's truncation (tokenize_batch_element, at whichever end of the prompt) leaves of a prompt
+    and its responses, whose EOS is counted in."""
     longest = max(responses)
     if prompt + longest > max_length:
         prompt = min(prompt, max(max_prompt_length, max_length - longest) if keep_eos else max_prompt_length)
@@ -156,12 +167,12 @@ def prompts_a_batch(data: dict[str, Any], batch_size: int) -> int:
 
 
 def look(request: dict[str, Any]) -> dict[str, Any]:
-    saferlhf = load_saferlhf_module(request["saferlhf"])
+    saferlhf = load_module(request["saferlhf"])
     saferlhf.datasets.disable_progress_bars()
     if request.get("tokenizer") is None:
         tables = {split: saferlhf.load_saferlhf(split, silent=True) for split in ("train", "test")}
         return {"splits": {split: {"fingerprint": fingerprint(table)} for split, table in tables.items()}}
-    tokenizer = open_tokenizer(request["tokenizer"], request["revision"])
+    tokenizer = open_tokenizer(request["tokenizer"], request["revision"], request["template"])
     answer: dict[str, Any] = {"eos": tokenizer.eos, "splits": {}}
     for split in ("train", "test"):
         table = saferlhf.load_saferlhf(split, silent=True)
@@ -181,15 +192,43 @@ def look(request: dict[str, Any]) -> dict[str, Any]:
             "prompts_a_batch": prompts_a_batch(data, request["batch_size"]),
         }
         if split == "train":
-            answer["splits"][split]["sampled"] = measure(examples, tokenizer, request)
+            chosen = choose(examples, request["sample"])
+            try:
+                chosen = render(chosen, tokenizer, request)
+            except Exception as error:  # a chat template is a program of its own
+                answer["not_rendered"] = str(error).rstrip(".") or type(error).__name__
+            answer["splits"][split]["sampled"] = measure(chosen, tokenizer, request)
     return answer
 
 
-def measure(examples: list[Example], tokenizer: MeasuringTokenizer, request: dict[str, Any]) -> dict[str, int]:
-    """What truncation takes from a sample of the examples; the longest, that memory has to do for, is looked for by
-    characters among all of them."""
-    sample = random.Random(0).sample(examples, min(len(examples), request["sample"]))  # noqa: S311
-    longest = sorted(examples, key=lambda example: len(example[0]) + max(map(len, example[1:])))[-LONGEST:]
+def choose(examples: list[Example], number: int) -> tuple[list[Example], list[Example]]:
+    """A sample of the examples, and the longest by characters among all of them."""
+    sample = random.Random(0).sample(examples, min(len(examples), number))  # noqa: S311
+    return sample, sorted(examples, key=lambda example: len(example[0]) + max(map(len, example[1:])))[-LONGEST:]
+
+
+def render(
+    chosen: tuple[list[Example], list[Example]], tokenizer: MeasuringTokenizer, request: dict[str, Any]
+) -> tuple[list[Example], list[Example]]:
+    """The same in the form that training gives them. Raises whatever a chat template does."""
+    templates = load_module(request["templates"])
+
+    def rendered(example: Example) -> Example:
+        prompt, responses = templates.render_template(
+            example[0], list(example[1:]), request["template"], tokenizer.whole
+        )
+        return (prompt, *responses)
+
+    sample, longest = ([rendered(example) for example in examples] for examples in chosen)
+    return sample, longest
+
+
+def measure(
+    chosen: tuple[list[Example], list[Example]], tokenizer: MeasuringTokenizer, request: dict[str, Any]
+) -> dict[str, int]:
+    """What truncation takes from a sample of the examples; the longest, that memory has to do for, is among them or
+    among those that were the longest by characters."""
+    sample, longest = chosen
     columns = [tokenizer.lengths(list(texts)) for texts in zip(*sample, *longest)]
     lengths = list(zip(*columns))
     limits = request["max_length"], request["max_prompt_length"], request["keep_eos"]
