@@ -11,9 +11,9 @@ run = recorded("dpo")
 assert run.curves.last
 assert run.curves.last.time
 run.began = run.curves.last.time - 90
-run.checkpoint = ("step-960", run.curves.last.time - 12)
+run.checkpoint = ("step-288", run.curves.last.time - 12)
 run.doing = "training"
-for line in ("Running evaluation after 960 train examples", "creating checkpoint to write to step-960..."):
+for line in ("Running evaluation after 288 train examples", "creating checkpoint to write to step-288..."):
     run.tail.append(line)
 run.advice = health.look(run.stage, run.curves.steps, run.curves.evaluations, run.planned_examples)
 then = run.curves.last.time

@@ -176,7 +176,7 @@ def recorded(name: str) -> following.Following:
         stage="dpo",
         model="tiny_model",
         status="running",
-        planned_examples=1440,
+        planned_examples=None,
         curves=following.curves.Curves(),
         began=1_764_000_000.0,
     )
