@@ -112,6 +112,22 @@ def lineage(run: runs.Run) -> list[Weights]:
     return [base_of(run), *found]
 
 
+def reference_of(run: runs.Run) -> Weights:
+    """What a run's weights are compared with: in DPO the reference model of the training, which had the weights of the
+    archive, and in SFT the base model. Raises ArchiveError if the archive is gone."""
+    archive = run.record.get("archive")
+    if run.record["stage"] != "dpo" or not archive:
+        return base_of(run)
+    path = Path(str(archive))
+    if not path.is_file():
+        raise ArchiveError(
+            f"{path} is gone, which {run.folder.name} was trained from, and which its rewards are against.",
+            "--reference names other weights, e.g. --reference the SFT run's folder.",
+        )
+    earlier = run_of(path)
+    return of_run(earlier, path) if earlier else replace(base_of(run), label="archive", checkpoint=path)
+
+
 def run_of(checkpoint: Path) -> runs.Run | None:
     """The run that a policy.pt lies in, or None."""
     for folder in (checkpoint.parent.parent, checkpoint.parent):
