@@ -146,10 +146,12 @@ def rows(
 
 def require_there(every: Sequence[models.Weights], rows: Rows | None) -> None:
     """Raise HubError for a folder that is not whole, or offline for what is not in the Hugging Face cache."""
-    sources = [hub.Source("data", rows.name, rows.revision)] if rows and rows.datasets == ("saferlhf",) else []
+    sources: list[hub.Source] = []
     for weights in every:
         sources.append(hub.Source("model", weights.model, weights.revision))
         sources.append(hub.Source("tokenizer", weights.tokenizer, weights.tokenizer_revision))
+    if rows and rows.datasets == ("saferlhf",):
+        sources.append(hub.Source("data", rows.name, rows.revision))
     for source in dict.fromkeys(sources):
         if (source.is_local or not source.could_be_fetched or hub.offline_by()) and (lacking := hub.lacking(source)):
             raise HubError(

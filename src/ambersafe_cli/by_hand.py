@@ -18,15 +18,15 @@ def read(folder: Path) -> dict[str, Any] | None:
 
     None if the folder holds no config.yaml of upstream's, or has a run.json.
     """
-    path = folder / "config.yaml"
-    if (folder / "run.json").exists() or not path.is_file():
-        return None
     values = config(folder)
     if not values.get("model.name_or_path") or not values.get("loss.name"):
         return None
     try:
-        started = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC).isoformat()
-    except OSError:
+        if (folder / "run.json").exists():
+            return None
+        changed = (folder / "config.yaml").stat().st_mtime
+        started = datetime.datetime.fromtimestamp(changed, datetime.UTC).isoformat()
+    except (OSError, ValueError):
         return None
     return {
         "stage": "sft" if values["loss.name"] == "sft" else "dpo",

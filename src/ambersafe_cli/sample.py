@@ -156,6 +156,7 @@ def show(samples: Sequence[dict[str, Any]]) -> None:
     """Show samples, of the shape that `--json` prints."""
     for number, sample in enumerate(samples, start=1):
         parts = [
-            (each["label"], (each["text"].strip() or "(nothing)") + ("" if each["stopped"] else " …")) for each in sample["answers"]
+            (each["label"], (each["text"].strip() or "(nothing)") + ("" if each["stopped"] else " …"))
+            for each in sample["answers"]
         ]
         display.write_texts(f"prompt {number} of {len(samples)}", sample["prompt"].strip(), parts)

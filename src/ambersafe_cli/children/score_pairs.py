@@ -190,6 +190,7 @@ def work(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     tokenizer = load_tokenizer(policy)
     if reference:
         require_same_tokens(policy, reference, tokenizer)
+    render(module, request["settings"]["template"], tokenizer, "a prompt", [])  # whether it can be, before it has to be
     progress("reading the pairs", 0)
     try:
         require_split(module, request)
