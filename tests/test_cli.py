@@ -11,8 +11,8 @@ from conftest import Ambersafe, make_repository
 from ambersafe_cli import __version__
 
 COMMANDS = (
-    "setup", "sft", "dpo", "resume", "watch", "stop", "runs", "show", "reproduce", "data", "prefetch", "status",
-    "recipes", "demo",
+    "setup", "sft", "dpo", "resume", "watch", "stop", "runs", "show", "reproduce", "evaluate", "sample", "data",
+    "prefetch", "status", "recipes", "demo",
 )  # fmt: skip
 HEAVY = {"torch", "transformers", "datasets", "git", "numpy", "pyarrow", "pandas", "hydra", "omegaconf", "wandb"}
 

@@ -18,16 +18,15 @@ def read(folder: Path) -> dict[str, Any] | None:
 
     None if the folder holds no config.yaml of upstream's, or has a run.json.
     """
-    path = folder / "config.yaml"
-    if (folder / "run.json").exists() or not path.is_file():
+    values = config(folder)
+    if not values.get("model.name_or_path") or not values.get("loss.name"):
         return None
     try:
-        config = read_yaml(path.read_text(encoding="utf-8"))
-        started = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC).isoformat()
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-    values = dict(_flat(config)) if isinstance(config, dict) else {}
-    if not values.get("model.name_or_path") or not values.get("loss.name"):
+        if (folder / "run.json").exists():
+            return None
+        changed = (folder / "config.yaml").stat().st_mtime
+        started = datetime.datetime.fromtimestamp(changed, datetime.UTC).isoformat()
+    except (OSError, ValueError):
         return None
     return {
         "stage": "sft" if values["loss.name"] == "sft" else "dpo",
@@ -44,6 +43,15 @@ def read(folder: Path) -> dict[str, Any] | None:
         "overrides": [],
         "next_command": ["ambersafe", "export", str(folder)],
     }
+
+
+def config(folder: Path) -> dict[str, Any]:
+    """What the config.yaml in a run's folder says, whoever made the run, by upstream's keys; empty for nothing."""
+    try:
+        found = read_yaml((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return dict(_flat(found)) if isinstance(found, dict) else {}
 
 
 def _flat(config: Mapping[str, Any], before: str = "") -> list[tuple[str, Any]]:

@@ -69,7 +69,7 @@ def run(launch: Launch, log: Path, watcher: Watcher) -> Outcome:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,  # a Ctrl-C of the terminal reaches us alone, and we pass it on
-            preexec_fn=functools.partial(_end_with_parent, os.getpid()),
+            preexec_fn=functools.partial(end_with_parent, os.getpid()),
         )
         assert child.stdout and child.stderr  # noqa: S101, for mypy: both are pipes
         write_log = _line_writer(log_file, watcher.on_line)
@@ -99,7 +99,7 @@ def run(launch: Launch, log: Path, watcher: Watcher) -> Outcome:
     return Outcome(status if status >= 0 else 128 - status, interrupted=False)
 
 
-def _end_with_parent(parent: int) -> None:
+def end_with_parent(parent: int) -> None:
     """Have Linux send SIGTERM to this process when the one that started it has gone, be it by kill -9."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

@@ -89,6 +89,16 @@ Overrides = Annotated[
 ]
 _RUN = "The name of a run, or as much of its beginning as no other has, or its folder."
 Run = Annotated[str | None, typer.Argument(help=_RUN, show_default="the newest that has not finished")]
+_WEIGHTS = "A run (or its step-N, or a policy.pt), a model's folder, or its name on the hub."
+RunsTemplate = Annotated[
+    Template | None, typer.Option("--template", help="The form of a prompt.", show_default="the run's, else none")
+]
+RunsClone = Annotated[
+    Path | None, typer.Option("--dir", help="The clone of upstream that reads the data.", show_default="the run's own")
+]
+OfModel = Annotated[
+    str | None, typer.Option("--model", help="Of a policy.pt that lies in no run's folder: what model it is of.")
+]
 DEFAULT_CLONE = Path("direct-preference-optimization")
 
 
@@ -294,6 +304,75 @@ def show(
     from ambersafe_cli import show
 
     show.run(run, as_json)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="RUN|MODEL", help=_WEIGHTS)],
+    reference: Annotated[
+        str | None,
+        typer.Option(help="What rewards are against.", show_default="in DPO the archive, in SFT the base model"),
+    ] = None,
+    data: Data = None,
+    data_revision: DataRevision = None,
+    split: Annotated[str, typer.Option(help="Which part of the rows.")] = "test",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="The first so many pairs, in upstream's order.", show_default="all")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pairs that are scored at a time.")] = 8,
+    beta: Annotated[
+        float | None, typer.Option(min=0, help="Temperature of the rewards.", show_default="the run's, else 0.1")
+    ] = None,
+    template: RunsTemplate = None,
+    pairs: Annotated[
+        Path | None, typer.Option(help="Write what was found of each pair to a new file, as JSON Lines.")
+    ] = None,
+    of_model: OfModel = None,
+    folder: RunsClone = None,
+    python: Python = sys.executable,
+    as_json: Json = False,
+) -> None:
+    """Count how often a model finds the safe response of a held-out pair the likelier one, with 95 % intervals."""
+    from ambersafe_cli import evaluate
+
+    evaluate.run(
+        evaluate.Request(
+            model, of_model, reference, data, data_revision, split, limit, batch_size, beta, template, pairs, as_json,
+            folder, python,
+        )
+    )  # fmt: skip
+
+
+@app.command()
+def sample(
+    run: Annotated[str, typer.Argument(metavar="RUN", help=_WEIGHTS)],
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="A .txt of one prompt a line, a .jsonl, or - for stdin.", show_default="some held-out ones"),
+    ] = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(metavar="RUN|MODEL", help="Answers of these beside it.", show_default="what it was trained from"),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the random numbers at a temperature above 0.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts that are answered at a time.")] = 8,
+    template: RunsTemplate = None,
+    of_model: OfModel = None,
+    folder: RunsClone = None,
+    python: Python = sys.executable,
+    as_json: Json = False,
+) -> None:
+    """Have a run and what it was trained from answer the same prompts, side by side."""
+    from ambersafe_cli import sample
+
+    sample.run(
+        sample.Request(
+            run, prompts, tuple(compare or ()), of_model, max_new_tokens, temperature, seed, batch_size, template,
+            as_json, folder, python,
+        )
+    )  # fmt: skip
 
 
 @app.command()

@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 import textwrap
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,12 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ambersafe_cli.cloning import Progress
+
+
+_COLUMN = 32
+"""How wide a column of text has to be at least."""
+
+_DIRECTIONS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def _styled(text: str, style: str) -> str:
@@ -58,8 +65,20 @@ def write_bytes(data: bytes) -> None:
 
 
 def write_json(value: Any) -> None:
-    """The answer for a program."""
-    write(json.dumps(value, indent=2, ensure_ascii=False))
+    """The answer for a program. What a terminal would take for a command is escaped, as JSON has it."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    write("".join(f"\\u{ord(c):04x}" if c != "\n" and not _is_shown(c) and ord(c) < 0x10000 else c for c in text))
+
+
+def _is_shown(character: str) -> bool:
+    """Whether a character is one to see: no control character, and none that turns the direction of the others."""
+    return unicodedata.category(character) not in ("Cc", "Cs", "Zl", "Zp") and character not in _DIRECTIONS
+
+
+def printable(text: str) -> str:
+    """A text of others, such as a model's, with all that a terminal could take for a command spelled out, as \\x1b."""
+    kept = text.replace("\r\n", "\n").replace("\t", "    ")
+    return "".join(c if c == "\n" or _is_shown(c) else repr(c)[1:-1] for c in kept)
 
 
 def write_facts(facts: Iterable[tuple[str, str]], indent: int = 12) -> None:
@@ -98,6 +117,36 @@ def write_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     for row in rows:
         table.add_row(*row)
     _console(sys.stdout).print(table)
+
+
+def write_texts(title: str, text: str, parts: Sequence[tuple[str, str]]) -> None:
+    """A text and others that belong to it, each with its title: beside each other where the terminal is wide, else one
+    below the other. They may be a model's: what a terminal could take for a command is spelled out."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    console = _console(sys.stdout)
+
+    def write_indented(shown: Text, indent: int) -> None:
+        for line in shown.wrap(console, console.width - indent):
+            line.rstrip()
+            console.print(Text(" " * indent) + line)
+
+    write_indented(Text(printable(title), style="bold"), 0)
+    write_indented(Text(printable(text)), 2)
+    texts = [(Text(printable(name), style="bold"), Text(printable(content))) for name, content in parts]
+    if console.width > 80 and console.width >= _COLUMN * len(texts):
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
+        for name, _ in texts:
+            table.add_column(name, ratio=1, overflow="fold")
+        table.add_row(*(content for _, content in texts))
+        console.print(table)
+        return
+    for name, content in texts:
+        write_indented(name, 2)
+        write_indented(content, 4)
+    console.print()
 
 
 def _console(file: Any) -> "Console":

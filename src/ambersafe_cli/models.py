@@ -1,5 +1,6 @@
 """Which weights are meant: by a run, a checkpoint of one, a policy.pt, or the name of a model."""
 
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,22 +36,27 @@ def find(text: str, model: str | None = None) -> Weights:
     `model` says what a policy.pt is of that lies outside of its run's folder.
     Raises UsageError if nothing is meant by it, ArchiveError for a run without a checkpoint.
     """
-    path = Path(text).expanduser().absolute()
-    if path.is_file():
+    path = Path(os.path.expanduser(text)).absolute()  # noqa: PTH111, which fails for a user that there is not
+    if _is_file(path):
         return _of_file(path, model)
-    if path.name.startswith(("step-", "LATEST")) and (path / "policy.pt").is_file():
+    if path.name.startswith(("step-", "LATEST")) and _is_file(path / "policy.pt"):
         return _of_file(path / "policy.pt", model)
-    if (path / "config.json").is_file():
+    if _is_file(path / "config.json"):
         return of_model(str(path), None)
     try:
         run = runs.open_run(text)
     except UsageError as error:
-        if path.exists() or not _HUB_NAME.fullmatch(text) or "/" not in text:
+        if os.path.lexists(path) or not _HUB_NAME.fullmatch(text) or "/" not in text:
             raise UsageError(
                 error.message, f"{error.hint} A model is named by its folder, or as ORG/NAME on the hub."
             ) from error
         return of_model(text, None)
     return of_run(run)
+
+
+def _is_file(path: Path) -> bool:
+    """Also of a name that is too long, or a folder that may not be looked at: then it is none."""
+    return os.path.isfile(path)  # noqa: PTH113
 
 
 def of_model(name: str, revision: str | None) -> Weights:
@@ -110,6 +116,22 @@ def lineage(run: runs.Run) -> list[Weights]:
         found.insert(0, of_run(earlier, path))
         archive = earlier.record.get("archive")
     return [base_of(run), *found]
+
+
+def reference_of(run: runs.Run) -> Weights:
+    """What a run's weights are compared with: in DPO the reference model of the training, which had the weights of the
+    archive, and in SFT the base model. Raises ArchiveError if the archive is gone."""
+    archive = run.record.get("archive")
+    if run.record["stage"] != "dpo" or not archive:
+        return base_of(run)
+    path = Path(str(archive))
+    if not path.is_file():
+        raise ArchiveError(
+            f"{path} is gone, which {run.folder.name} was trained from, and which its rewards are against.",
+            "--reference names other weights, e.g. --reference the SFT run's folder.",
+        )
+    earlier = run_of(path)
+    return of_run(earlier, path) if earlier else replace(base_of(run), label="archive", checkpoint=path)
 
 
 def run_of(checkpoint: Path) -> runs.Run | None:

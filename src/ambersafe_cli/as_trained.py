@@ -1,0 +1,162 @@
+"""What weights are used with after training, as training had it: its settings, its clone of upstream, its rows."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ambersafe_cli import by_hand, display, hub, models, recorded, runs, upstream
+from ambersafe_cli import recipe as recipes
+from ambersafe_cli.errors import CloneError, HubError, UsageError
+
+# Where a run's config says nothing: upstream's own config, of which a bare model needs no more than this.
+_UPSTREAMS: Mapping[str, Any] = {
+    "max_length": 512,
+    "max_prompt_length": recipes.UPSTREAMS_MAX_PROMPT_LENGTH,
+    "keep_eos": False,
+    "drop_eos": False,
+    "shuffle_pairs": False,
+    "template": None,
+    "datasets": ["saferlhf"],
+    "n_eval_examples": 256,
+    "eval_batch_size": 16,
+    "trainer": "BasicTrainer",
+    "model.policy_dtype": "float32",
+    "model.fsdp_policy_mp": None,
+    "model.reference_dtype": "float16",
+    "loss.beta": None,
+}
+_TOKENIZING = ("max_length", "max_prompt_length", "keep_eos", "drop_eos", "shuffle_pairs", "template")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Preference rows: upstream's names of the data sets, where those of saferlhf are (a path, or a name on the hub and
+    its revision), and the environment variables that say so. `may_be_the_runs`: whether, for all that is known, the run
+    was trained on rows of the same source."""
+
+    datasets: tuple[str, ...]
+    name: str
+    revision: str | None
+    environment: Mapping[str, str]
+    may_be_the_runs: bool
+
+
+def config(run: runs.Run | None, template: str | None = None) -> dict[str, Any]:
+    """The settings of a run by upstream's keys, of a bare model those of the default recipe.
+
+    A run's are those of its config.yaml, which train.py writes, or of its record. `template`, unless None, replaces
+    the run's; "none" stands for no template.
+    """
+    chosen = recipes.load(recipes.DEFAULT).values["dpo"]
+    found = {key: chosen.get(key, value) if run is None else value for key, value in _UPSTREAMS.items()}
+    if run is not None:
+        recorded_values = {key: value for key in found if (value := run.setting(key)) is not None}
+        written = {key: value for key, value in by_hand.config(run.folder).items() if key in found}
+        found |= recorded_values | written
+    if template is not None:
+        found["template"] = None if template == "none" else template
+    if found["max_length"] <= found["max_prompt_length"]:
+        raise UsageError(
+            f"max_length is {found['max_length']}, and max_prompt_length {found['max_prompt_length']} of it: "
+            "no room is left for a response."
+        )
+    return found
+
+
+def tokenizing(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of the settings that upstream's data iterator takes."""
+    return {key: config[key] for key in _TOKENIZING}
+
+
+def policy_dtype(config: Mapping[str, Any]) -> tuple[str, bool]:
+    """The type that the policy computes in, and whether its buffers have it too.
+
+    FSDP's mixed precision casts both (trainers.py, FSDPTrainer.__init__); a policy_dtype is one of weights alone.
+    """
+    mixed = config["model.fsdp_policy_mp"] if "FSDP" in str(config["trainer"]) else None
+    return (str(mixed), True) if mixed else (str(config["model.policy_dtype"]), False)
+
+
+def for_child(weights: models.Weights, dtype: str, casts_buffers: bool = False) -> dict[str, Any]:
+    """Weights as children/load_policy.py takes them."""
+    return {
+        "label": weights.label,
+        "model": weights.model,
+        "revision": weights.revision,
+        "tokenizer": weights.tokenizer,
+        "tokenizer_revision": weights.tokenizer_revision,
+        "checkpoint": weights.checkpoint and str(weights.checkpoint),
+        "dtype": dtype,
+        "casts_buffers": casts_buffers,
+    }
+
+
+def as_dictionary(weights: models.Weights | None) -> dict[str, Any] | None:
+    """Weights as an answer names them: label, model, revision, checkpoint, and the run's name, where there is one."""
+    if weights is None:
+        return None
+    return {
+        "label": weights.label,
+        "model": weights.model,
+        "revision": weights.revision,
+        "checkpoint": weights.checkpoint and str(weights.checkpoint),
+        "run": weights.run.folder.name if weights.run and weights.checkpoint else None,
+    }
+
+
+def clone(run: runs.Run | None, folder: Path | None) -> Path:
+    """The clone whose code reads the data: the one that is named, else the run's own at its commit, else the default.
+
+    Raises CloneError if there is none.
+    """
+    if folder is None and run is not None and "upstream" in run.record:
+        try:
+            return recorded.clone(run.record["upstream"], allow_modified=False)
+        except CloneError as error:
+            raise CloneError(error.message, "`--dir CLONE` goes on with another one, as it is.") from error
+    named = folder or Path(os.environ.get("AMBERSAFE_UPSTREAM_DIR") or upstream.DEFAULT_FOLDER)
+    if not (named / "preference_datasets.py").is_file():
+        raise CloneError(f"There is no clone of upstream in {named.absolute()}.", "`ambersafe setup` makes it.")
+    return named.absolute()
+
+
+def rows(
+    run: runs.Run | None, config: Mapping[str, Any], data: str | None = None, data_revision: str | None = None
+) -> Rows:
+    """The rows that are meant: those of the flags, else the run's, at its commit, else the default recipe's, which is
+    said. Raises UsageError or DataError for flags that name none."""
+    names = tuple(map(str, config["datasets"]))
+    if run is not None and not data and (names != ("saferlhf",) or "environment" in run.record):
+        environment = recorded.pinned(run.record, run.folder)[1] if "environment" in run.record else {}
+        name = str(run.record["data"].get("name") or ", ".join(names))
+        if data_revision and names == ("saferlhf",):
+            environment = {**environment, "SAFERLHF_REVISION": data_revision}
+        revision = environment.get("SAFERLHF_REVISION") or None
+        return Rows(names, name, revision, environment, may_be_the_runs=not data_revision)
+    chosen = recipes.load(recipes.DEFAULT)
+    name, revision = recipes.resolve_data(chosen, recipes.Flags({}, data, data_revision))
+    if not data and run is not None:
+        display.warn(f"nothing says which rows {run.folder.name} was trained on; these are {name} {revision or ''}")
+    environment = {"SAFERLHF_DATASET": name, "SAFERLHF_REVISION": revision or ""}
+    is_by_hand = run is not None and "environment" not in run.record
+    return Rows(("saferlhf",), name, revision, environment, may_be_the_runs=is_by_hand)
+
+
+def require_there(every: Sequence[models.Weights], rows: Rows | None) -> None:
+    """Raise HubError for a folder that is not whole, or offline for what is not in the Hugging Face cache."""
+    sources: list[hub.Source] = []
+    for weights in every:
+        sources.append(hub.Source("model", weights.model, weights.revision))
+        sources.append(hub.Source("tokenizer", weights.tokenizer, weights.tokenizer_revision))
+    if rows and rows.datasets == ("saferlhf",):
+        sources.append(hub.Source("data", rows.name, rows.revision))
+    for source in dict.fromkeys(sources):
+        if (source.is_local or not source.could_be_fetched or hub.offline_by()) and (lacking := hub.lacking(source)):
+            raise HubError(
+                f"{hub.problem(source, lacking)}.",
+                f"{hub.offline_by()} keeps it off the network: `ambersafe prefetch` fetches it where there is one."
+                if source.could_be_fetched
+                else "",
+            )

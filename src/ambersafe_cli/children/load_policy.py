@@ -1,0 +1,115 @@
+"""Load upstream's data code, a tokenizer and weights as train.py does; shared by score_pairs.py and generate.py.
+
+Runs under the training interpreter. Upstream: train.py, main(), and trainers.py, BasicTrainer.__init__().
+"""
+
+import gc
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+if TYPE_CHECKING:
+    from ambersafe_cli.children.answering import Problem, innermost
+else:
+    from answering import Problem, innermost
+
+torch.backends.cuda.matmul.allow_tf32 = True  # as train.py
+
+Weights = dict[str, Any]
+"""Which weights: label, model and its revision, tokenizer and tokenizer_revision, checkpoint (a policy.pt or null),
+dtype, and casts_buffers: whether buffers have that dtype as well, as FSDP's mixed precision has it."""
+
+
+def open_clone(folder: str) -> Any:
+    """The module preference_datasets of a clone of upstream."""
+    sys.path.insert(0, folder)
+    try:
+        import preference_datasets  # type: ignore[import-not-found]
+    except Exception as error:
+        raise Problem("clone", f"{folder} cannot be used: {innermost(error)}") from error
+    return preference_datasets
+
+
+def load_tokenizer(weights: Weights) -> Any:
+    name, revision = weights["tokenizer"], weights["tokenizer_revision"]
+    kind: Any = transformers.AutoTokenizer
+    try:
+        tokenizer = kind.from_pretrained(name, revision=revision or "main")
+    except Exception as error:
+        raise Problem("model", f"Cannot open the tokenizer {name}: {innermost(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise Problem("usage", f"The tokenizer {name} has no EOS, which ends a response in training.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token_id = tokenizer.eos_token_id
+    return tokenizer
+
+
+def load_model(weights: Weights) -> tuple[Any, dict[str, Any]]:
+    """The model, ready to be evaluated, and what its checkpoint holds beside the weights: step_idx and metrics.
+
+    On GPUs if there are any, spread over them as upstream's BasicTrainer does.
+    """
+    dtype = getattr(torch, weights["dtype"])
+    places = {"device_map": "balanced"} if torch.cuda.is_available() else {}
+    kind: Any = transformers.AutoModelForCausalLM
+    try:
+        model = kind.from_pretrained(weights["model"], revision=weights["revision"] or "main", dtype=dtype, **places)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise Problem("model", f"Cannot load the model {weights['model']}: {innermost(error)}") from error
+    saved: dict[str, Any] = {}
+    if weights["checkpoint"]:
+        saved = load_checkpoint(model, weights)
+    if weights["casts_buffers"]:
+        model.to(dtype)
+    return model.eval(), saved
+
+
+def load_checkpoint(model: Any, weights: Weights) -> dict[str, Any]:
+    path = weights["checkpoint"]
+    try:
+        saved = torch.load(path, map_location="cpu", mmap=True)
+        state = saved.pop("state")
+    except Exception as error:
+        raise Problem("checkpoint", f"{path} cannot be read: {innermost(error)}") from error
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        said = f"{innermost(error):.300}"
+        raise Problem("checkpoint", f"{path} holds no weights of {weights['model']}: {said}") from error
+    return dict(saved)
+
+
+def require_fitting(tokenizer: Any, weights: Weights, model: Any) -> None:
+    """Raise Problem if the tokenizer makes tokens that the model does not have."""
+    rows = model.get_input_embeddings().num_embeddings
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= rows:
+        raise Problem(
+            "usage",
+            f"The tokenizer {weights['tokenizer']} makes tokens up to {highest}, and the model {weights['model']} "
+            f"({weights['label']}) has {rows}: they do not belong together.",
+        )
+
+
+def render(module: Any, template: str | None, tokenizer: Any, prompt: str, responses: list[str]) -> tuple[str, ...]:
+    """Prompt and responses in the form that training gives them."""
+    if template is None:
+        return (prompt, *responses)
+    if not hasattr(module, "render_template"):
+        raise Problem("clone", f"{module.__file__} knows no template: the clone lacks the patch that adds it.")
+    try:
+        rendered, answers = module.render_template(prompt, responses, template, tokenizer)
+    except Exception as error:  # a chat template is a program of its own
+        raise Problem("usage", f"The template {template} cannot be used: {innermost(error)}.") from error
+    return (rendered, *answers)
+
+
+def release() -> None:
+    """Give back the memory of a model that nothing refers to any more, before the next one is loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
