@@ -46,6 +46,8 @@ def test_a_run_that_was_made_by_hand_is_shown_with_what_is_known(make: Make, amb
     assert done.returncode == 0, done.stderr
     assert "mine_1: sft, made by hand" in done.stdout
     assert "some/model" in done.stdout
+    assert "next: ambersafe export" in done.stdout
+    assert "clone       not known" in done.stdout
     assert json.loads(ambersafe("show", "--json", "mine_1").stdout)["data"]["name"] is None
 
 

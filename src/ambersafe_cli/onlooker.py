@@ -80,6 +80,6 @@ def _leave(run: following.Following) -> None:
     has_ended = runs.checkpoint(run.folder).is_file()
     run.status, run.ended = "ended" if has_ended else "stopped", time.time()
     live.summarize(run)
-    if not has_ended:
+    if not (has_ended or run.notices):  # who stopped it knows why
         for line in list(run.tail)[-LAST_LINES:]:
             print(f"  {line}", file=sys.stderr)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ambersafe_cli import display, metrics, runs
+from ambersafe_cli import by_hand, display, metrics, runs
 
 _SHORT = 12
 """Digits of a commit or fingerprint that are shown; --json has all."""
@@ -75,11 +75,18 @@ def _what(record: runs.Record) -> Iterator[tuple[str, str]]:
         yield "set", ", ".join(given)
 
 
+_OF_HAND = (
+    "loss.name", "loss.beta", "lr", "batch_size", "gradient_accumulation_steps", "n_epochs", "n_examples", "max_length",
+    "max_prompt_length", "optimizer", "warmup_steps", "trainer", "datasets",
+)  # fmt: skip
 _COUNTED = {"rows": "rows", "prompts": "prompts", "pairs": "pairs"}
 
 
 def _changed(record: runs.Record, recipe: Mapping[str, Any]) -> Iterator[str]:
-    """The settings that are not the recipe's: of flags, or fitted to the machine."""
+    """The settings that are not the recipe's: of flags, or fitted to the machine. Made by hand: the usual ones."""
+    if record["status"] == by_hand.STATUS:
+        yield from (f"{key}={_plain(record['values'][key])}" for key in _OF_HAND if key in record["values"])
+        return
     recipes = _mapping(_mapping(recipe, "values"), str(record["stage"]))
     told_elsewhere = ("model.name_or_path", "model.archive")
     for key, value in _mapping(record, "values").items():
@@ -129,6 +136,9 @@ def _checkpoints(run: runs.Run) -> Iterator[tuple[str, str]]:
 def _from(record: runs.Record) -> Iterator[tuple[str, str]]:
     """Where it came from: the clone, the interpreter, the machine, the user's own repository."""
     clone = _mapping(record, "upstream")
+    if not clone:
+        yield "clone", "not known: the run has no run.json"
+        return
     patches = _mapping(clone, "patches")
     applied = sum(state == "applied" for state in patches.values())
     words = [
@@ -161,7 +171,9 @@ def _next(run: runs.Run) -> str:
     if run.status == "running":
         return f"it is running; what it prints is in {run.folder / 'train.log'}"
     command = (
-        _list(run.record, "next_command") if run.status == "finished" else ["ambersafe", "resume", run.folder.name]
+        _list(run.record, "next_command")
+        if run.status in ("finished", by_hand.STATUS)
+        else ["ambersafe", "resume", run.folder.name]
     )
     return shlex.join(map(str, command))
 

@@ -77,6 +77,8 @@ class Tail:
 def _copy(folder: Path) -> None:
     """Print train.log as it is and as it grows, until the run has ended."""
     offset = 0
+    if not (folder / "train.log").exists():
+        display.warn(f"{folder} has no train.log")
     while True:
         run = runs.look(folder, by_hand=True)
         is_running = run is not None and run.status == "running"
