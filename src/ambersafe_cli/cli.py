@@ -63,6 +63,7 @@ ExpName = Annotated[str | None, typer.Option(help="The run's name: the beginning
 Seed = Annotated[int | None, typer.Option(help="Orders the data if seed_data is set, as in the recipe best.")]
 Bf16 = Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16; the weights stay float32.")]
 Wandb = Annotated[bool | None, typer.Option(help="Log to Weights & Biases.", show_default="off")]
+Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="Write event files into RUN/tensorboard.")]
 Nproc = Annotated[
     int | None, typer.Option(min=1, help="Processes, each on a GPU of its own or on the CPU.", show_default="one a GPU")
 ]
@@ -174,6 +175,7 @@ def sft(
     seed: Seed = None,
     bf16: Bf16 = False,
     wandb: Wandb = None,
+    tensorboard: Tensorboard = False,
     nproc: Nproc = None,
     keep: Keep = None,
     keep_best: KeepBest = None,
@@ -222,6 +224,7 @@ def dpo(
     seed: Seed = None,
     bf16: Bf16 = False,
     wandb: Wandb = None,
+    tensorboard: Tensorboard = False,
     nproc: Nproc = None,
     keep: Keep = None,
     keep_best: KeepBest = None,

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ambersafe_cli import child, display, following, journal, live, runs
+from ambersafe_cli import child, display, following, journal, live, runs, tensorboard_files
 
 STOPPING = "stopping: a checkpoint is saved when this step has ended; once more (Ctrl-C) stops at once"
 _FOOTER = "Ctrl-C saves a checkpoint and stops. What train.py prints is in train.log."
@@ -39,6 +39,7 @@ def watching(
         with lock:
             if entry:
                 run.take_entry(entry)
+                to_tensorboard(entry)
             elif is_live:
                 run.take_line(line)
             if entry and not is_live:
@@ -57,7 +58,10 @@ def watching(
 
     watcher = child.Watcher(take, notice, is_stop_asked, passes_on=not is_live)
     try:
-        with live.shown(run, _FOOTER, lock, look) if is_live else contextlib.nullcontext():
+        with (
+            tensorboard_files.of_attempt(folder, record) as to_tensorboard,
+            live.shown(run, _FOOTER, lock, look) if is_live else contextlib.nullcontext(),
+        ):
             yield watcher
     finally:
         run.look(at_once=True)

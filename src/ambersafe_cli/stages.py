@@ -13,6 +13,7 @@ from ambersafe_cli import (
     control,
     display,
     environment,
+    extras,
     launch,
     locks,
     patches,
@@ -20,6 +21,7 @@ from ambersafe_cli import (
     preflight,
     provenance,
     runs,
+    tensorboard_files,
     upstream,
 )
 from ambersafe_cli import recipe as recipes
@@ -50,6 +52,7 @@ class Request:
     allow_modified: bool = False
     detach: bool = False
     plain: bool = False
+    tensorboard: bool = False
 
 
 # What the flags of both commands set in upstream's config, as they stand.
@@ -102,6 +105,7 @@ def request(stage: recipes.StageName, params: Mapping[str, Any]) -> Request:
         allow_modified=params["allow_modified"],
         detach=params["detach"],
         plain=params["plain"],
+        tensorboard=params["tensorboard"],
     )
 
 
@@ -195,10 +199,13 @@ class Prepared:
     sft_run: Path | None
     next_command: list[str]
     allow_modified: bool
+    tensorboard: bool = False
 
 
 def prepare(request: Request) -> Prepared:
     """Resolve everything, without starting or writing anything. Raises AmberSafeError."""
+    if request.tensorboard:
+        extras.require("tensorboard", tensorboard_files.EXTRA)
     chosen = recipes.load(request.recipe)
     stage = recipes.resolve(request.stage, chosen, request.flags, request.overrides)
     provenance.require_no_secret(_settings(chosen, stage))
@@ -214,8 +221,9 @@ def prepare(request: Request) -> Prepared:
     child = environment.probe(request.python, ask_torch=not request.dry_run)
     stage, plan = launch.plan(stage, clone, child, folder, request.processes)
     return Prepared(
-        stage, plan, clone, chosen, child, sft_run, _next_command(request, stage, plan), request.allow_modified
-    )
+        stage, plan, clone, chosen, child, sft_run, _next_command(request, stage, plan), request.allow_modified,
+        request.tensorboard,
+    )  # fmt: skip
 
 
 # What DPO needs told again if SFT was told it: where things are and how long texts may be, but not how to train.
@@ -236,6 +244,7 @@ def _carried(params: Mapping[str, Any]) -> tuple[str, ...]:
     wandb = given.pop("wandb", None)
     words = [word for flag, value in given.items() for word in (f"--{flag.replace('_', '-')}", str(value))]
     words += ["--wandb"] if wandb else []
+    words += ["--tensorboard"] if params["tensorboard"] else []
     words += ["--bf16"] if params["bf16"] else []
     if params["folder"].absolute() != Path.cwd() / upstream.DEFAULT_FOLDER:
         words += ["--dir", str(params["folder"])]
@@ -313,6 +322,7 @@ def _record(prepared: Prepared, report: preflight.Report | None) -> dict[str, An
         "planned_examples": report.plan.examples if report and report.plan else None,
         "preflight": provenance.of_findings(report.findings if report else None),
         "allow_modified": prepared.allow_modified,
+        "tensorboard": prepared.tensorboard,
         "next_command": prepared.next_command,
         "upstream": provenance.of_clone(clone, can_resume=_has(clone, RESUME_PATCH)),
         "ambersafe_version": __version__,
