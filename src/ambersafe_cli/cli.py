@@ -379,6 +379,25 @@ def sample(
 
 
 @app.command()
+def plot(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help=_RUN)],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="A .png or .svg, or a name without a suffix for both.", show_default="RUN/plots/STAGE.png and .svg"
+        ),
+    ] = None,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write event files into RUN/tensorboard in place of pictures.")
+    ] = False,
+) -> None:
+    """Draw the curves of a run, or of several over one another."""
+    from ambersafe_cli import plot
+
+    plot.run(runs, out, tensorboard)
+
+
+@app.command()
 def data(
     data: Data = None,
     data_revision: DataRevision = None,
