@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import browser
 import faults
 import pytest
 
@@ -153,6 +154,21 @@ def patched(upstream_url: str, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder / "direct-preference-optimization"
 
 
+_WHY_NO_CHROMIUM: list[str] = []
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The path of a Chromium or Chrome. Where there is none the test is skipped, or fails if that was asked for."""
+    path = browser.find()
+    if path is None and os.environ.get("AMBERSAFE_REQUIRE_CHROMIUM") == "1":
+        pytest.fail("AMBERSAFE_REQUIRE_CHROMIUM=1, but there is no chromium and no google-chrome on PATH")
+    if path is None:
+        _WHY_NO_CHROMIUM.append("no chromium")
+        pytest.skip("there is no chromium and no google-chrome on PATH")
+    return path
+
+
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     """A test that needs the real upstream says so by its fixtures; the mark follows from that."""
     for item in items:
@@ -168,3 +184,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         skipped = [r for r in terminalreporter.getreports("skipped") if "cannot be reached" in str(r.longrepr)]
         terminalreporter.write_sep("!", f"{len(skipped)} TESTS AGAINST THE REAL UPSTREAM WERE SKIPPED", red=True)
         terminalreporter.write_line(f"{upstream.UPSTREAM_URL} cannot be reached: {_WHY_NO_UPSTREAM[0]}")
+    if _WHY_NO_CHROMIUM:
+        skipped = [r for r in terminalreporter.getreports("skipped") if "no google-chrome" in str(r.longrepr)]
+        terminalreporter.write_sep("!", f"{len(skipped)} TESTS IN A REAL BROWSER WERE SKIPPED", red=True)
+        terminalreporter.write_line("There is no chromium and no google-chrome on PATH: `apt-get install chromium`.")

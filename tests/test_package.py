@@ -26,7 +26,7 @@ def test_wheel_carries_patches_recipes_and_demo_data(wheel: Path) -> None:
     for folder, pattern in (("patches", "*"), ("src/ambersafe_cli/recipes", "*"), ("src/ambersafe_cli/demo_data", "*")):
         for path in (ROOT / folder).glob(pattern):
             assert f"ambersafe_cli/{Path(folder).name}/{path.name}" in names
-    assert "ambersafe_cli/py.typed" in names
+    assert {"ambersafe_cli/py.typed", "ambersafe_cli/report.html"} <= names
     assert not [name for name in names if name.startswith(("tests", "scripts"))]
 
 

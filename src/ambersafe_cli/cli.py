@@ -380,7 +380,7 @@ def sample(
 
 @app.command()
 def plot(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help=_RUN)],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN", help=_RUN)],
     out: Annotated[
         Path | None,
         typer.Option(
@@ -395,6 +395,17 @@ def plot(
     from ambersafe_cli import plot
 
     plot.run(runs, out, tensorboard)
+
+
+@app.command()
+def report(
+    run: Annotated[str | None, typer.Argument(help=_RUN, show_default="the newest")] = None,
+    out: Annotated[Path | None, typer.Option(help="The file to write.", show_default="RUN/report.html")] = None,
+) -> None:
+    """Write one HTML page of a run and the SFT run it came from: what was run, curves, samples, provenance."""
+    from ambersafe_cli import report
+
+    report.run(run, out)
 
 
 @app.command()

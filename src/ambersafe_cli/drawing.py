@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 
 from ambersafe_cli import curves, panels
 
-MARK = "ambersafe-cli"
+MARK = "made by ambersafe-cli"
 """Stands in the metadata of every picture, by which it is known as one of ours."""
 
 # Okabe and Ito's colours for the colour-blind, without black and yellow: those that stand out on white and on black
@@ -98,15 +98,15 @@ def picture(subjects: Sequence[Subject], formats: Sequence[str]) -> dict[str, by
 
 
 def inline(panel: panels.Panel, subject: Subject, identifier: str) -> str:
-    """One panel as an SVG element for an HTML page, without a title, in the colour of the text around it.
+    """One panel as an SVG element for an HTML page, without title and unit, in the colour of the text around it.
 
     `identifier` has to be another one for each picture of a page: it begins the ids in it.
     """
     with _style(_SENTINEL, {"svg.fonttype": "none", "savefig.transparent": True}):
-        figure = Figure(figsize=(4.6, 2.7))
-        axes = figure.add_axes((0.18, 0.18, 0.8, 0.72))
+        figure = Figure(figsize=(3.9, 2.5))
+        axes = figure.add_axes((0.16, 0.2, 0.82, 0.69))
         _draw(axes, panel, [(0, subject)], _last_examples([subject]), 1)
-        axes.set_title("")
+        axes.set(title="", ylabel="")  # the page says both
         text = _bytes(figure, "svg").decode()
     text = text[text.index("<svg") :].replace(_SENTINEL, "currentColor")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
@@ -122,7 +122,7 @@ def inline(panel: panels.Panel, subject: Subject, identifier: str) -> str:
 
 def describe(panel: panels.Panel, subject: Subject) -> str:
     """A panel of one run in words, for who does not see it."""
-    parts = [f"{panel.title} in {panel.unit}, over training examples"]
+    parts = [f"{panel.title}{panel.unit and f' ({panel.unit})'}, over training examples"]
     for line in panels.lines(panel, subject.curves):
         for points, what in ((line.smooth or line.steps, "training"), (line.evaluations, "held out")):
             finite = [value for _, value in points if not math.isnan(value)]
@@ -223,7 +223,7 @@ def _draw_line(axes: Axes, line: panels.Line, colour: str, index: int, dashes: A
     """What was logged, light where there is a mean of it to see; that; and the points on held-out rows."""
     marker = _MARKERS[index]
     if line.smooth and of <= _LIGHT:
-        axes.plot(*_columns(line.steps), color=colour, linewidth=0.7, alpha=0.35 if of == 1 else 0.2, zorder=2)
+        axes.plot(*_columns(line.steps), color=colour, linewidth=0.7, alpha=0.45 if of == 1 else 0.2, zorder=2)
     main = line.smooth or line.steps
     every = max(1, len(main) // 8)
     tells_apart = of > 1 and not line.evaluations  # else the held-out points do

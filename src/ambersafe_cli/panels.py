@@ -24,8 +24,8 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes. `name` is an identifier, `unit` what the y axis counts, `level` a value that means something,
-    `level_name` what; `limits` those of the y axis where they are known beforehand."""
+    """One pair of axes. `name` is an identifier, `unit` what the y axis counts, if that takes a word; `level` a value
+    that means something, `level_name` what; `limits` those of the y axis where they are known beforehand."""
 
     name: str
     title: str
@@ -41,8 +41,8 @@ def _pair(kind: str) -> tuple[Series, ...]:
     return tuple(Series(f"{kind}_train/{each}", f"{kind}_eval/{each}", each) for each in ("chosen", "rejected"))
 
 
-_GRADIENT = Panel("gradient", "Gradient norm, before clipping", "norm", (Series("grad_norm"),))
-_RATE = Panel("rate", "Learning rate", "learning rate", (Series("learning_rate"),), is_smoothed=False)
+_GRADIENT = Panel("gradient", "Gradient norm", "before clipping", (Series("grad_norm"),))
+_RATE = Panel("rate", "Learning rate", "", (Series("learning_rate"),), is_smoothed=False)
 _SPEED = Panel("speed", "Speed", "examples a second", (Series("examples_per_second"),))
 _LOSS = (Series("loss/train", "loss/eval"),)
 _ACCURACY = (Series("rewards_train/accuracies", "rewards_eval/accuracies"),)

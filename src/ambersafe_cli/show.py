@@ -23,7 +23,7 @@ def run(name: str | None, as_json: bool) -> None:
         return
     display.write(f"{found.folder.name}: {found.record['stage']}, {found.status}")
     display.write(f"{found.folder}\n")
-    display.write_facts([*_what(found.record), *_how(found), *_from(found.record)])
+    display.write_facts([*what_was_run(found.record), *how_it_went(found), *where_it_came_from(found.record)])
     display.write(f"\nnext: {_next(found)}")
 
 
@@ -54,7 +54,7 @@ def last_metrics(run: runs.Run) -> Mapping[str, object]:
     return evaluations[-1].values if evaluations else {}
 
 
-def _what(record: runs.Record) -> Iterator[tuple[str, str]]:
+def what_was_run(record: runs.Record) -> Iterator[tuple[str, str]]:
     """What was trained, on what, and how."""
     yield "model", _named(_mapping(record, "model"))
     data = _mapping(record, "data")
@@ -94,11 +94,11 @@ def _changed(record: runs.Record, recipe: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key}={_plain(value)}"
 
 
-def _how(run: runs.Run) -> Iterator[tuple[str, str]]:
+def how_it_went(run: runs.Run) -> Iterator[tuple[str, str]]:
     """How it went: attempts, checkpoints, the last evaluation, what preflight had said."""
     record = run.record
     for number, attempt in enumerate(record.get("attempts") or (), start=1):
-        words = [_time(attempt.get("started")), _duration(attempt.get("started"), attempt.get("ended"))]
+        words = [time(attempt.get("started")), _duration(attempt.get("started"), attempt.get("ended"))]
         words += [f"on {attempt['host']}"] if attempt.get("host") else []
         status = attempt.get("exit_status")
         words.append("no exit status" if status is None else f"exit status {status}")
@@ -133,7 +133,7 @@ def _checkpoints(run: runs.Run) -> Iterator[tuple[str, str]]:
         yield step.name, by if step == best else ""
 
 
-def _from(record: runs.Record) -> Iterator[tuple[str, str]]:
+def where_it_came_from(record: runs.Record) -> Iterator[tuple[str, str]]:
     """Where it came from: the clone, the interpreter, the machine, the user's own repository."""
     clone = _mapping(record, "upstream")
     if not clone:
@@ -215,7 +215,7 @@ def _number(value: object) -> str:
     return f"{value:.5g}" if isinstance(value, float) else "-"
 
 
-def _time(text: object) -> str:
+def time(text: object) -> str:
     return str(text)[:19].replace("T", " ") + " UTC" if text else ""
 
 
