@@ -45,7 +45,11 @@ def test_a_stage_writes_what_it_logs_at_the_times_of_its_journal(
     )
     assert done.returncode == 0, done.stderr
     run = only_run(fake_clone.parent, "run")
-    times = {each.examples: each.time for each in journal.read(run) if isinstance(each, metrics.Record)}
+    times = {
+        each.examples: each.time
+        for each in journal.read(run)
+        if isinstance(each, metrics.Record) and each.kind == "train"
+    }
     found = read(run)
     assert found["loss/train"] == [(16, 2.0, times[16])]
     assert [(step, value) for step, value, _ in found["loss/eval"]] == [(0, 2.5), (16, 1.25)]
