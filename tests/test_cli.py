@@ -11,10 +11,13 @@ from conftest import Ambersafe, make_repository
 from ambersafe_cli import __version__
 
 COMMANDS = (
-    "setup", "sft", "dpo", "resume", "watch", "stop", "runs", "show", "reproduce", "evaluate", "sample", "data",
-    "prefetch", "status", "recipes", "demo",
+    "setup", "sft", "dpo", "resume", "watch", "stop", "runs", "show", "plot", "report", "reproduce", "evaluate",
+    "sample", "data", "prefetch", "status", "recipes", "demo",
 )  # fmt: skip
-HEAVY = {"torch", "transformers", "datasets", "git", "numpy", "pyarrow", "pandas", "hydra", "omegaconf", "wandb"}
+HEAVY = {
+    "torch", "transformers", "datasets", "git", "numpy", "pyarrow", "pandas", "hydra", "omegaconf", "wandb",
+    "matplotlib", "jinja2", "tensorboard",
+}  # fmt: skip
 
 
 def imported_by(*arguments: str, cwd: Path) -> set[str]:
