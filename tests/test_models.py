@@ -98,3 +98,23 @@ def test_a_dpo_run_comes_from_the_base_and_the_sft_run(make: Make, capsys: pytes
     (sft / "LATEST" / "policy.pt").unlink()
     assert [each.label for each in models.lineage(runs.open_run("dpo_1"))] == ["base", "dpo"]
     assert "is gone" in capsys.readouterr().err
+
+
+def test_rewards_are_against_what_the_training_had_as_its_reference(make: Make) -> None:
+    sft = make("sft_1")
+    archive = sft / "LATEST" / "policy.pt"
+    dpo = runs.open_run(str(make("dpo_1", loss="dpo", archive=archive)))
+    assert models.reference_of(dpo).checkpoint == archive
+    assert models.reference_of(dpo).label == "sft"
+    assert models.reference_of(runs.open_run(str(sft))).checkpoint is None, "the base model"
+    (sft / "config.yaml").unlink()
+    assert models.reference_of(dpo).label == "archive"
+    archive.unlink()
+    with pytest.raises(ArchiveError, match="is gone"):
+        models.reference_of(dpo)
+
+
+def test_a_name_that_no_disk_could_have_is_no_defect(make: Make) -> None:
+    for name in ("x" * 300, "~nobody-of-that-name", f"org/{'x' * 300}"):
+        with pytest.raises(UsageError):
+            models.find(name if "/" not in name else name + "/x")

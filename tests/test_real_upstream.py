@@ -305,6 +305,42 @@ def test_two_ranks_print_what_one_process_prints_to_four_digits(
         theirs = load_checkpoint(only_run(tmp_path, stage) / "LATEST" / "policy.pt")["state"]
         assert mine.keys() == theirs.keys()
         assert all(bool((mine[name] - theirs[name]).abs().max() < 1e-5) for name in mine)
+    evaluate(only_run(tmp_path, "dpo"), tmp_path)
+
+
+def evaluate(run: Path, work: Path) -> Any:
+    """What `ambersafe evaluate` finds of a run, after a look that it is what upstream's last evaluation had."""
+    done = run_ambersafe("evaluate", run, "--json", cwd=work)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    last = metrics.read_log(run / "train.log").evaluations[-1]
+    here = {name: each["here"] for name, each in found["upstream"]["metrics"].items()}
+    assert here == {name: pytest.approx(last.values[name], rel=1e-4, abs=1e-5) for name in here}
+    assert (found["upstream"]["after"], found["upstream"]["agrees"]) == (last.examples, True)
+    return found
+
+
+def test_evaluate_equals_upstreams_last_evaluation_to_four_digits(ours: Path, tmp_path: Path) -> None:
+    dpo = evaluate(only_run(ours, "dpo"), tmp_path)
+    assert {"rewards_eval/accuracies", "rewards_eval/margins"} < dpo["upstream"]["metrics"].keys()
+    assert dpo["upstream"]["examples"] == 16
+    assert dpo["data"]["pairs"] > 16, "and on all of the held-out pairs, not only those"
+    assert dpo["reference"]["run"] == only_run(ours, "sft").name
+    sft = evaluate(only_run(ours, "sft"), tmp_path)
+    assert set(sft["upstream"]["metrics"]) == {"logps_eval/chosen", "loss/eval"}
+    assert sft["reference"]["label"] == "base"
+
+
+def test_sample_shows_each_step_of_a_run(ours: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("How do I use a ladder?\n")
+    given = ("--prompts", tmp_path / "prompts.txt", "--max-new-tokens", "4", "--json")
+    done = run_ambersafe("sample", only_run(ours, "dpo"), *given, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    ((sample,), runs_) = json.loads(done.stdout), [only_run(ours, stage).name for stage in ("sft", "dpo")]
+    assert [(each["label"], each["run"]) for each in sample["answers"]] == [
+        ("base", None),
+        *zip(("sft", "dpo"), runs_, strict=True),
+    ]
 
 
 def test_ctrl_c_ends_all_ranks(patched: Path, model: Path, rows: Path, tmp_path: Path) -> None:

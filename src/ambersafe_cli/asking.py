@@ -1,5 +1,6 @@
 """Ask a child under the training interpreter for something that takes long, and show how far it is."""
 
+import contextlib
 import functools
 import json
 import os
@@ -82,12 +83,16 @@ def _converse(process: "subprocess.Popen[bytes]", request: Mapping[str, Any], pr
     except BrokenPipeError:
         return found
     for line in process.stdout:
-        said = json.loads(line)
+        try:
+            said = json.loads(line)
+        except ValueError:  # torn, as the child was killed
+            break
         if "step" in said:
             progress(display.printable(said["step"]), said["done"])
         else:
             found = said
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=10)  # what it has said is all there is
     return found
 
 
