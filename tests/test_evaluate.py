@@ -17,7 +17,7 @@ import pytest
 from conftest import Ambersafe
 from test_real_upstream import model  # noqa: F401, a fixture
 
-from ambersafe_cli import asking, demo, errors
+from ambersafe_cli import as_trained, asking, demo, errors
 
 pytestmark = pytest.mark.slow
 
@@ -214,6 +214,36 @@ def test_what_does_not_belong_together_is_refused(
         assert refused.value.kind == kind
 
 
+def test_upstreams_examples_are_those_that_all_processes_take_of_its_batches(
+    child: Child,
+    patched: Path,
+    model: Path,  # noqa: F811
+    rows: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SAFERLHF_DATASET", str(rows))
+    settings = {**SETTINGS, "drop_eos": True}
+    for processes, examples in ((1, 12), (3, 9)):
+        wanted = {"stage": "dpo", "n_examples": 10, "batch_size": 4, "processes": processes}
+        request = ask_scores(patched, weights(model), None, evaluation=wanted, settings=settings)
+        found = child("score_pairs").work(request, quiet)["evaluation"]["examples"]
+        assert len(found) == examples
+    assert found[:3] == [pair["policy"] for pair in child("score_pairs").work(request, quiet)["pairs"][:3]]
+
+
+def test_mixed_precision_has_its_buffers_in_that_type_too(child: Child, model: Path) -> None:  # noqa: F811
+    import torch
+
+    config = {"trainer": "FSDPTrainer", "model.fsdp_policy_mp": "bfloat16", "model.policy_dtype": "float32"}
+    assert as_trained.policy_dtype(config) == ("bfloat16", True)
+    assert as_trained.policy_dtype({**config, "trainer": "BasicTrainer"}) == ("float32", False)
+    for casts_buffers, wanted in ((True, torch.bfloat16), (False, torch.float32)):
+        given = weights(model, dtype="bfloat16", casts_buffers=casts_buffers)
+        loaded, _ = child("load_policy").load_model(given)
+        assert {buffer.dtype for buffer in loaded.buffers()} == {wanted}
+        assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+
+
 # --- answers ---
 
 
@@ -394,9 +424,6 @@ def test_what_is_not_there_is_said_before_anything_is_loaded(
         (("evaluate", "org/model", *on_rows), 77, "model org/model is not in the Hugging Face cache"),
         (("evaluate", by_hand, "--reference", "nothing", *on_rows), 64, "There is no run nothing"),
         (("evaluate", checkpoints[0], *on_rows), 64, "nothing says what model it is of"),
-        (("evaluate", "x" * 300), 64, "There is no run xxx"),
-        (("evaluate", "~nobody-of-that-name"), 64, "There is no run ~nobody"),
-        (("sample", by_hand, "--prompts", "none.txt"), 65, "Cannot read the prompts in none.txt"),
         (("sample", by_hand, "--prompts", tmp_path / "empty.txt"), 65, "holds no prompt"),
         (("sample", by_hand, "--template", "x"), 64, "Invalid value for '--template'"),
     ):

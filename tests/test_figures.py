@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ambersafe_cli import display, evaluate, figures, models, sample
+from ambersafe_cli import display, evaluate, figures, models, runs, sample
 from ambersafe_cli.errors import ArchiveError
 
 # Of three prompts: chosen and rejected by tokens, by the policy and by the reference.
@@ -83,6 +84,21 @@ def test_weights_that_give_nan_are_refused() -> None:
     broken = [*PAIRS, figures.Pair(3, (), (1, 1), (-1.0, -1.0), (math.nan, -1.0))]
     with pytest.raises(ArchiveError, match="the reference, model, gives 1 of 5 pairs"):
         evaluate._require_finite(broken, weights, weights)
+
+
+@pytest.mark.parametrize(
+    ("place", "limit", "kept"), [("LATEST", None, True), ("LATEST", 9, False), ("step-8", None, False)]
+)
+def test_only_final_weights_on_all_pairs_are_kept_in_the_run(
+    place: str, limit: int | None, kept: bool, tmp_path: Path
+) -> None:
+    run = runs.Run(tmp_path, {}, "finished")
+    weights = replace(models.of_model("org/model", None), run=run, checkpoint=tmp_path / place / "policy.pt")
+    (tmp_path / "evaluation.json").write_text("earlier")
+    request = evaluate.Request("", None, None, None, None, "test", limit, 8, None, None, None, False, None, "python")
+    evaluate._keep(request, weights, {"é": 1})
+    assert ((tmp_path / "evaluation.json").read_text() == '{\n  "é": 1\n}\n') == kept
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
 
 
 # --- on a terminal ---

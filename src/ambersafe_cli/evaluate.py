@@ -54,6 +54,8 @@ def run(request: Request) -> None:
     """Score the pairs, show the figures, and keep them in the run's folder. Raises AmberSafeError."""
     if request.pairs and request.pairs.exists():
         raise UsageError(f"{request.pairs} exists.", "--pairs writes a new file.")
+    if request.beta is not None and not 0 < request.beta < math.inf:
+        raise UsageError(f"--beta must be a number above 0, it is {request.beta}.")
     weights = models.find(request.model, request.of_model)
     reference = _reference(request, weights)
     config = as_trained.config(weights.run, request.template or weights.template)

@@ -11,12 +11,14 @@ What it finds is kept in the run's folder as `samples.json`, one object:
   to its end, and was not cut off)
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ambersafe_cli import __version__, as_trained, asking, display, files, models, prompts, runs
+from ambersafe_cli.errors import UsageError
 
 FILE = "samples.json"
 DEFAULT_PROMPTS = 4
@@ -43,6 +45,8 @@ class Request:
 
 def run(request: Request) -> None:
     """Have every model answer, show the answers, and keep them in the run's folder. Raises AmberSafeError."""
+    if not math.isfinite(request.temperature):
+        raise UsageError(f"--temperature must be a number, it is {request.temperature}.")
     given = prompts.read(request.prompts) if request.prompts else None
     sampled = models.find(request.run, request.of_model)
     every = labelled(_models(request, sampled))
