@@ -14,6 +14,7 @@ from ambersafe_cli import metrics, parts
 
 FEWEST = 16
 """Training records below which nothing but a loss that is no number is said."""
+
 _MOST = 1024
 """Values of a metric that rules look at; of more, the means of neighbours."""
 
