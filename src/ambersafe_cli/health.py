@@ -8,23 +8,18 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from ambersafe_cli import metrics
+from ambersafe_cli import metrics, parts
 
 FEWEST = 16
 """Training records below which nothing but a loss that is no number is said."""
 
-SURE = 4.0
-"""Standard errors that a difference has to have. Many, as it is looked at again every few seconds."""
-
-
 _MOST = 1024
+"""Values of a metric that rules look at; of more, the means of neighbours."""
 
 _HUGE = 1e100
 """Above this a value is as good as infinite, and its square no float; NaN is not below it either."""
-
 
 _COLUMNS = (
     "loss/train",
@@ -41,13 +36,6 @@ class Advice:
     rule: str
     what: str
     mend: str
-
-
-class Part(NamedTuple):
-    """The mean of neighbouring values, with its standard error."""
-
-    mean: float
-    error: float
 
 
 @dataclass(frozen=True)
@@ -120,14 +108,14 @@ def _loss_rises(seen: Seen) -> Iterator[Advice]:
     mend = "Usually the learning rate is too high: give a lower --lr, or a longer warm-up, warmup_steps=."
     losses = seen.column("loss/train")
     if losses:
-        best, last = _best_and_last(losses, lowest=True)
-        if _is_above(last, best, by=0.1 * abs(best.mean)):
+        best, last = parts.best_and_last(losses, lowest=True)
+        if parts.is_above(last, best, by=0.1 * abs(best.mean)):
             what = f"The training loss was {best.mean:.4g} and has risen to {last.mean:.4g}."
             yield Advice("warning", "loss-rising", what, mend)
             return
     if losses and len(seen.evals) > 1:
         first, now = seen.evals[0].values["loss/eval"], seen.evals[-1].values["loss/eval"]
-        level = _part(losses[-max(3, len(losses) // 4) :])
+        level = parts.part(losses[-max(3, len(losses) // 4) :])
         # The training loss has to be above it too, or the run over-fits.
         if now > 1.1 * first > 0 and level.mean > 1.1 * first:
             what = f"The held-out loss was {first:.4g} before training and is {now:.4g} now, the training loss "
@@ -142,7 +130,7 @@ def _gradients_explode(seen: Seen) -> Iterator[Advice]:
         return
     recent = statistics.median(norms[-max(3, len(norms) // 8) :])
     begun = statistics.median(norms[: max(3, len(norms) // 16)])
-    calm = min(begun, *(statistics.median(piece) for piece in _pieces(norms, 8)[:2]))
+    calm = min(begun, *(statistics.median(piece) for piece in parts.pieces(norms, 8)[:2]))
     # Not only above its lowest: of pairs that were learnt at once it is next to nothing.
     if recent > 5 * calm and recent > 2 * begun > 0:
         yield Advice(
@@ -206,7 +194,7 @@ def _accuracy_at_chance(seen: Seen) -> Iterator[Advice]:
         return
     recent = values[len(values) // 2 :]
     pairs = max(1, seen.examples * len(recent) // len(values))
-    mean, error = _part(recent)
+    mean, error = parts.part(recent)
     # Pairs are drawn, if not more: a few equal means by chance are not a proof.
     error = max(error, 0.5 / math.sqrt(pairs))
     if mean + 2 * error < 0.6:
@@ -223,9 +211,9 @@ def _margins_fall(seen: Seen) -> Iterator[Advice]:
     margins = seen.column("rewards_train/margins")
     if not margins:
         return
-    best, last = _best_and_last(margins, lowest=False)
+    best, last = parts.best_and_last(margins, lowest=False)
     before = max(best.mean, 0)
-    if _is_above(best, last, by=max(0.3 * abs(best.mean), 0.02)):
+    if parts.is_above(best, last, by=max(0.3 * abs(best.mean), 0.02)):
         yield Advice(
             "warning",
             "margins-falling",
@@ -239,8 +227,8 @@ def _rewards_fall(seen: Seen) -> Iterator[Advice]:
     columns = {each: seen.column(f"rewards_train/{each}") for each in ("chosen", "rejected", "margins")}
     if not all(columns.values()) or not seen.is_far_enough:
         return
-    chosen, rejected, margin = (_best_and_last(values, lowest=False)[1] for values in columns.values())
-    if not (chosen.mean < -max(SURE * chosen.error, 0.05) and rejected.mean < -max(SURE * rejected.error, 0.05)):
+    chosen, rejected, margin = (parts.best_and_last(values, lowest=False)[1] for values in columns.values())
+    if not all(each.mean < -max(parts.SURE * each.error, 0.05) for each in (chosen, rejected)):
         return
     figures = f"chosen {chosen.mean:.3g}, rejected {rejected.mean:.3g}, margin {margin.mean:.3g}"
     if margin.mean < max(2 * margin.error, 0.1 * abs(chosen.mean)):
@@ -272,7 +260,7 @@ def _held_out_accuracy_is_low(seen: Seen) -> Iterator[Advice]:
     values = _numbers(before, "rewards_train/accuracies")
     if len(values) < FEWEST:
         return
-    training = _part(values[-max(3, len(values) // 4) :])
+    training = parts.part(values[-max(3, len(values) // 4) :])
     if training.mean - held_out > 0.2 + 2 * training.error:
         yield Advice(
             "warning",
@@ -323,30 +311,3 @@ def _numbers(records: Sequence[metrics.Record], name: str) -> list[float]:
     if width <= 1:
         return found
     return [sum(part) / len(part) for part in (found[at : at + width] for at in range(0, len(found), width))]
-
-
-def _part(values: Sequence[float]) -> Part:
-    mean = statistics.fmean(values)
-    # From the differences of neighbours, as a trend within the part is no noise.
-    squares = math.fsum((after - before) ** 2 for before, after in pairwise(values))
-    return Part(mean, math.sqrt(squares / 2 / (len(values) - 1) / len(values)))
-
-
-def _pieces(values: Sequence[float], count: int) -> list[Sequence[float]]:
-    """Cut into so many neighbouring pieces, as equal as can be."""
-    edges = [len(values) * number // count for number in range(count + 1)]
-    return [values[begin:end] for begin, end in pairwise(edges)]
-
-
-def _best_and_last(values: Sequence[float], lowest: bool) -> tuple[Part, Part]:
-    """The lowest or highest of the quarters that begin at 0/8 … 4/8, which do not touch the last one; and that one."""
-    quarters = [
-        _part(values[len(values) * begin // 8 : len(values) * (begin + 2) // 8]) for begin in (0, 1, 2, 3, 4, 6)
-    ]
-    *past, last = quarters
-    return (min if lowest else max)(past, key=lambda part: part.mean), last
-
-
-def _is_above(high: Part, low: Part, by: float) -> bool:
-    """Whether a part lies above another by so much, and surely."""
-    return high.mean - low.mean > max(by, SURE * math.hypot(high.error, low.error))
