@@ -106,7 +106,7 @@ class _Writer:
 
     def take(self, entry: journal.Entry, moment: float = 0.0) -> None:
         """Write an entry; one without a time gets that of `moment`, in seconds since 1970."""
-        if isinstance(entry, metrics.Unreadable):
+        if not isinstance(entry, metrics.Record):
             return
         if entry.attempt > self._attempt or self._is_restart:
             # Has TensorBoard forget what the attempt before did behind the checkpoint from which this one goes on.
