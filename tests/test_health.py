@@ -153,10 +153,40 @@ def test_a_run_of_unknown_length_is_judged_after_three_warm_ups() -> None:
     assert warnings(health.look(stage, later, evals, None)) == {"nothing-moves"}
 
 
-def test_one_batch_with_a_large_gradient_is_not_an_explosion() -> None:
+@pytest.mark.parametrize("at", [-1, -2, -30])
+def test_one_batch_with_a_large_gradient_is_not_an_explosion(at: int) -> None:
     stage, train, evals = recording("healthy/dpo-noisy-labels")
-    spiked = [*train[:-2], train[-2]._replace(values={**train[-2].values, "grad_norm": 1e4}), train[-1]]
+    spiked = list(train)
+    spiked[at] = spiked[at]._replace(values={**spiked[at].values, "grad_norm": 1e4})
     assert not warnings(health.look(stage, spiked, evals, None))
+
+
+@pytest.mark.parametrize(("factor", "warned"), [(3, set()), (10, {"gradients-exploding"})])
+def test_gradients_explode_if_they_grow_many_times(factor: float, warned: set[str]) -> None:
+    stage, train, evals = recording("healthy/dpo-noisy-labels")
+    grown = [
+        each._replace(values={**each.values, "grad_norm": each.values["grad_norm"] * (factor if at > 60 else 1)})
+        for at, each in enumerate(train)
+    ]
+    assert warnings(health.look(stage, grown, evals, None)) == warned
+
+
+def test_fewer_than_sixteen_records_are_not_judged() -> None:
+    stage, train, evals = recording("bad/dpo-lr-zero")
+    assert not health.look(stage, train[:15], evals, train[14].examples)
+    assert health.look(stage, train[:16], evals, train[15].examples)
+
+
+def test_a_reason_is_said_once() -> None:
+    """With a learning rate of 0 the accuracy is 0 too, as no reward is above another."""
+    assert {advice.rule for advice in look("bad/dpo-lr-zero")} == {"nothing-moves"}
+
+
+@pytest.mark.parametrize("value", [1e308, -1e308, 1e200])
+def test_values_whose_squares_are_no_floats_are_survived(value: float) -> None:
+    stage, train, evals = recording("healthy/dpo-demo")
+    huge = [each._replace(values=dict.fromkeys(each.values, value * (-1) ** at)) for at, each in enumerate(train)]
+    assert not warnings(health.look(stage, huge, evals, None))
 
 
 def test_gradients_above_the_clip_are_healthy() -> None:
