@@ -1,9 +1,10 @@
 """A stand-in for the Hugging Face hub over HTTP: the requests that huggingface_hub and datasets make of it, no more.
 
-A repository is a mapping of revisions (main, v0, …) to files. What it cannot do it answers with 501 and keeps in
-`unknown`, which a test can look at.
+A repository is a mapping of revisions (main, v0, …) to files. Models can be made and committed to, with a token.
+What it cannot do it answers with 501 and keeps in `unknown`, which a test can look at.
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -36,7 +37,8 @@ class FakeHub:
 
     `repositories` are by "models/org/name" or "datasets/org/name". `gated` ones are listed, but their files are
     refused with that status. `sizes` lie about a file. `cut` decides of a GET of a file how many of its bytes are sent
-    before the connection is closed (None: all).
+    before the connection is closed (None: all). `tokens` are those that are known, and whether they may write.
+    `private` are repositories.
     """
 
     repositories: dict[str, Mapping[str, Files]] = field(default_factory=dict)
@@ -44,6 +46,8 @@ class FakeHub:
     sizes: dict[str, int] = field(default_factory=dict)
     cut: Callable[[str, int], int | None] = lambda path, start: None
     closes_connections: bool = False
+    tokens: dict[str, bool] = field(default_factory=dict)
+    private: set[str] = field(default_factory=set)
     requests: list[tuple[str, str]] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     url: str = ""
@@ -51,7 +55,7 @@ class FakeHub:
     def files_at(self, key: str, revision: str) -> Files | None:
         revisions = self.repositories[key]
         by_commit = {commit_of(files): files for files in revisions.values()}
-        return revisions.get(revision) or by_commit.get(revision)
+        return {**by_commit, **revisions}.get(revision)
 
     def fetched(self) -> list[str]:
         """The paths of the files that were sent."""
@@ -87,6 +91,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append((self.command, path))
+        if self.command == "POST" and self.take_write(path, body):
+            return
         api = re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)/?(.*))?", path)
         file = re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         if api:
@@ -114,7 +120,48 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_paths(files, body)
         else:
             siblings = [{"rfilename": each} for each in sorted(files)]
-            self.send(200, {"id": name, "sha": commit_of(files), "siblings": siblings, "private": False, "tags": []})
+            is_private = key in self.hub.private
+            self.send(
+                200, {"id": name, "sha": commit_of(files), "siblings": siblings, "private": is_private, "tags": []}
+            )
+
+    def take_write(self, path: str, body: bytes) -> bool:
+        """Answer a request to make a model's repository or to commit to it; False if it is none."""
+        found = re.fullmatch(
+            r"/api/(?:(repos/create|validate-yaml)|models/([^/]+/[^/]+)/(preupload|commit)/main)", path
+        )
+        if not found:
+            return False
+        may_write = self.hub.tokens.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
+        if not may_write:
+            self.send(401 if may_write is None else 403, {"error": "no"})
+        elif found[1] == "validate-yaml":
+            self.send(200, {"errors": [], "warnings": []})
+        elif found[1]:
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}"
+            is_private = asked.get("private") or asked.get("visibility") == "private"  # by the client's version
+            is_there = f"models/{name}" in self.hub.repositories
+            if not is_there:
+                self.hub.repositories[f"models/{name}"] = {"main": {}}
+                self.hub.private |= {f"models/{name}"} if is_private else set()
+            self.send(409 if is_there else 200, {"url": f"{self.hub.url}/{name}"})
+        elif found[3] == "preupload":
+            files = json.loads(body)["files"]
+            self.send(200, {"files": [{**each, "uploadMode": "regular", "shouldIgnore": False} for each in files]})
+        else:
+            self.commit(f"models/{found[2]}", [json.loads(line) for line in body.splitlines()])
+        return True
+
+    def commit(self, key: str, lines: list[dict[str, Any]]) -> None:
+        files = dict(self.hub.repositories[key]["main"])
+        for value in (line["value"] for line in lines if line["key"] == "deletedFile"):
+            del files[value["path"]]
+        for value in (line["value"] for line in lines if line["key"] == "file"):
+            files[value["path"]] = base64.b64decode(value["content"])
+        self.hub.repositories[key] = {"main": files}
+        url = f"{self.hub.url}/{key.removeprefix('models/')}/commit/{commit_of(files)}"
+        self.send(200, {"success": True, "commitOid": commit_of(files), "commitUrl": url})
 
     def entry(self, files: Files, name: str) -> dict[str, Any]:
         size = self.hub.sizes.get(name, len(files[name]))

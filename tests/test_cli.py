@@ -12,7 +12,7 @@ from ambersafe_cli import __version__
 
 COMMANDS = (
     "setup", "sft", "dpo", "resume", "watch", "stop", "runs", "show", "plot", "report", "reproduce", "evaluate",
-    "sample", "data", "prefetch", "status", "recipes", "demo",
+    "sample", "export", "data", "prefetch", "status", "recipes", "demo",
 )  # fmt: skip
 HEAVY = {
     "torch", "transformers", "datasets", "git", "numpy", "pyarrow", "pandas", "hydra", "omegaconf", "wandb",

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -268,14 +269,19 @@ def test_the_command_printed_last_makes_a_hugging_face_folder(
     given = ("--dir", patched, "--model", model, "--data", rows, "--archive", archive, "--trainer", "BasicTrainer")
     done = run_ambersafe("dpo", *given, *TINY, "n_epochs=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    command = done.stderr.rpartition("next: ")[2]
-    subprocess.run(["bash", "-c", command], check=True, capture_output=True)
+    words = shlex.split(done.stderr.rpartition("next: ")[2])
+    assert words[0] == "ambersafe"
+    exported_to = run_ambersafe(*words[1:], cwd=tmp_path)
+    assert exported_to.returncode == 0, exported_to.stderr
     run = only_run(tmp_path, "saferlhf_dpo_ambersafe")
     import transformers
 
     exported = transformers.AutoModelForCausalLM.from_pretrained(run / "hugging_face")
     trained = load_checkpoint(run / "LATEST" / "policy.pt")["state"]
     assert all(bool((value == trained[name]).all()) for name, value in exported.state_dict().items())
+    card = (run / "hugging_face" / "README.md").read_text()
+    assert "trained with SFT and then DPO (beta 0.1)" in card
+    assert str(tmp_path) not in card
 
 
 def close(one: str, other: str) -> bool:

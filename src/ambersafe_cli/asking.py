@@ -18,6 +18,7 @@ from ambersafe_cli.errors import (
     ArchiveError,
     CloneError,
     DataError,
+    ExportError,
     HubError,
     TrainingEnvironmentError,
     UsageError,
@@ -35,6 +36,7 @@ _KINDS: Mapping[str, tuple[type[AmberSafeError], str]] = {
     "checkpoint": (ArchiveError, "`ambersafe show` lists the checkpoints of a run."),
     "data": (DataError, "`ambersafe data` tells what rows hold; --data names others."),
     "clone": (CloneError, "--dir takes another clone; `ambersafe setup` makes one with every patch."),
+    "folder": (ExportError, "Make room, or take --out on another disk."),
     "usage": (UsageError, "`ambersafe COMMAND --help` lists what it takes."),
     "memory": (UsageError, "It is too large for the memory of this machine: try --batch-size 1."),
 }  # fmt: skip

@@ -100,7 +100,11 @@ def model_shapes(folder: Path) -> Shapes | None:
     shapes: dict[str, tuple[int, ...]] = {}
     for path in weight_files(folder):
         try:
-            shapes |= _safetensors_shapes(path) if path.suffix == ".safetensors" else _read_pickle(path)
+            shapes |= (
+                {name: shape for name, (shape, _) in safetensors_entries(path).items()}
+                if path.suffix == ".safetensors"
+                else _read_pickle(path)
+            )
         except Exception as error:
             if path.suffix == ".bin" and _is_no_archive(path):
                 return None
@@ -132,7 +136,11 @@ def weight_files(folder: Path) -> list[Path]:
         raise ArchiveError(f"{first} is not a whole index: {error}", "Download the model again.") from error
 
 
-def _safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+def safetensors_entries(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """The shape and dtype (F32, BF16, …) of each tensor in a safetensors file, by its header.
+
+    Raises OSError, ValueError or the like for a file that is cut off, or another kind of file.
+    """
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
@@ -140,7 +148,7 @@ def _safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if path.stat().st_size != 8 + length + end:
         raise ValueError(f"it has {path.stat().st_size} bytes of {8 + length + end}")
-    return {name: tuple(entry["shape"]) for name, entry in header.items()}
+    return {name: (tuple(entry["shape"]), entry["dtype"]) for name, entry in header.items()}
 
 
 def parameters(shapes: Shapes) -> int:
@@ -149,7 +157,7 @@ def parameters(shapes: Shapes) -> int:
 
 
 # What files of older models hold besides weights; transformers makes these anew.
-_BUFFER = re.compile(r"\.(inv_freq|masked_bias|attn\.bias|attention\.bias)$")
+BUFFER = re.compile(r"\.(inv_freq|masked_bias|attn\.bias|attention\.bias)$")
 _OUTPUT = re.compile(r"(^|\.)(lm_head|embed_out)\.")
 
 
@@ -162,14 +170,14 @@ def differences(archive: Shapes, model: Shapes) -> list[str]:
     prefixes = {name.partition(".")[0] for name in archive if not _OUTPUT.search(name)}
     wanted = {}
     for name, shape in model.items():
-        if not _BUFFER.search(name):
+        if not BUFFER.search(name):
             known = (each for each in (name, *(f"{prefix}.{name}" for prefix in prefixes)) if each in archive)
             wanted[next(known, name)] = shape
     found = [f"{name} is missing" for name in wanted if name not in archive and not _OUTPUT.search(name)]
     found += [
         f"{name} is not the model's"
         for name in archive
-        if name not in wanted and not _OUTPUT.search(name) and not _BUFFER.search(name)
+        if name not in wanted and not _OUTPUT.search(name) and not BUFFER.search(name)
     ]
     found += [
         f"{name} is {'x'.join(map(str, archive[name]))}, not {'x'.join(map(str, shape))}"

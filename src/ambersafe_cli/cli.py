@@ -32,6 +32,12 @@ class Template(enum.StrEnum):
     chat = "chat"
 
 
+class Dtype(enum.StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 Clone = Annotated[
     Path, typer.Option("--dir", envvar="AMBERSAFE_UPSTREAM_DIR", help="The folder of the clone of upstream.")
 ]
@@ -406,6 +412,43 @@ def report(
     from ambersafe_cli import report
 
     report.run(run, out)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(metavar="RUN|policy.pt", help="A run, its step-N, or a policy.pt.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The folder to write.", show_default="hugging_face, in the run's folder")
+    ] = None,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(
+            help="Of the weights. bfloat16 takes half the room, and may round away what small learning rates changed.",
+            show_default="the checkpoint's, float32",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="What a policy.pt outside of a run is of, or where a run's model is now: a folder, or ORG/NAME."
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace what is in the folder, once the new one is whole.")
+    ] = False,
+    push: Annotated[
+        str | None, typer.Option(metavar="ORG/NAME", help="Upload it to this repository on the hub as well.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="If there is none, make it a private one.")] = False,
+    python: Annotated[
+        str | None, typer.Option(help="The interpreter to read the checkpoint with.", show_default="the run's")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a Hugging Face folder of a run's weights, with a model card."""
+    from ambersafe_cli import export
+
+    export.run(export.Request(checkpoint, out, dtype and str(dtype), model, force, push, private, python, as_json))
 
 
 @app.command()

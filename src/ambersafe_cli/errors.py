@@ -114,3 +114,10 @@ class NotReproducedError(AmberSafeError):
 
     exit_status = 78
     kind = "a run was done again, and its metrics are others"
+
+
+class ExportError(AmberSafeError):
+    """An exported folder that cannot be written, is not whole, or cannot be uploaded."""
+
+    exit_status = 79
+    kind = "an exported folder cannot be written or uploaded"

@@ -221,7 +221,7 @@ def prepare(request: Request) -> Prepared:
     child = environment.probe(request.python, ask_torch=not request.dry_run)
     stage, plan = launch.plan(stage, clone, child, folder, request.processes)
     return Prepared(
-        stage, plan, clone, chosen, child, sft_run, _next_command(request, stage, plan), request.allow_modified,
+        stage, plan, clone, chosen, child, sft_run, _next_command(request, plan), request.allow_modified,
         request.tensorboard,
     )  # fmt: skip
 
@@ -234,7 +234,6 @@ _CARRIED_FLAGS = (
 _CARRIED_KEYS = (
     "model.", "datasets", "max_", "eval_batch_size", "n_eval_examples", "fsdp_port", "keep_eos", "drop_eos", "template",
 )  # fmt: skip
-_EXPORT = Path(__file__).parent / "children" / "to_hugging_face.py"
 
 
 def _carried(params: Mapping[str, Any]) -> tuple[str, ...]:
@@ -252,13 +251,11 @@ def _carried(params: Mapping[str, Any]) -> tuple[str, ...]:
     return (*words, *overrides)
 
 
-def _next_command(request: Request, stage: recipes.Stage, plan: launch.Launch) -> list[str]:
+def _next_command(request: Request, plan: launch.Launch) -> list[str]:
     """What to type next: after SFT the DPO stage alike, after DPO what makes a Hugging Face folder."""
-    checkpoint = str(runs.checkpoint(plan.run_folder))
     if request.stage == "dpo":
-        revision = str(stage.get("model.revision") or "main")
-        return [plan.argv[0], str(_EXPORT), stage.model, revision, checkpoint, str(plan.run_folder / "hugging_face")]
-    return ["ambersafe", "dpo", "--archive", checkpoint, *request.carried]
+        return ["ambersafe", "export", str(plan.run_folder)]
+    return ["ambersafe", "dpo", "--archive", str(runs.checkpoint(plan.run_folder)), *request.carried]
 
 
 def _has(clone: upstream.CloneState, subject: str) -> bool:
