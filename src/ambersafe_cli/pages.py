@@ -9,9 +9,23 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from ambersafe_cli import curves, health, metrics, models, panels, plot, runs, show
+from ambersafe_cli import (
+    curves,
+    display,
+    figures,
+    following,
+    health,
+    journal,
+    metrics,
+    models,
+    panels,
+    plot,
+    runs,
+    show,
+)
 from ambersafe_cli.errors import AmberSafeError
 
+_EVALUATION, _SAMPLES = "evaluation.json", "samples.json"  # the names in evaluate.py and sample.py, which import git
 _TITLES = {"sft": "SFT", "dpo": "DPO"}
 
 Facts = list[tuple[str, str]]
@@ -100,10 +114,13 @@ def of_stage(run: runs.Run, anchor: str, drawing: ModuleType) -> Stage:
     record = run.record
     name = str(record["stage"])
     problems: list[str] = []
-    read = _or_problem(lambda: plot.read_curves(run), curves.Curves(), problems)
+    seen = following.of(run.folder, record, run.status)
+    _or_problem(lambda: _follow(seen, run), None, problems)
+    read = seen.curves
+    if read.unreadable:
+        problems.append(f"{read.unreadable} lines of metrics cannot be read, and are left away.")
     how: Facts = _or_problem(lambda: list(show.how_it_went(run)), list[tuple[str, str]](), problems)
     table = _evaluations(name, read.evaluations)
-    planned = record.get("planned_examples")
     is_by_hand = not (run.folder / "run.json").exists()
     return Stage(
         anchor=anchor,
@@ -117,11 +134,17 @@ def of_stage(run: runs.Run, anchor: str, drawing: ModuleType) -> Stage:
         how=[fact for fact in how if not (table and fact[0] == "held out")],
         evaluations=table,
         curves=list(_curves(name, run, read, anchor, drawing, problems)),
-        advice=health.look(name, read.steps, read.evaluations, planned if isinstance(planned, int) else None),
+        advice=health.look(name, read.steps, read.evaluations, seen.planned_examples),
         origin=list(show.where_it_came_from(record)),
         tables=list(_provenance(record)),
         problems=problems,
     )
+
+
+def _follow(seen: following.Following, run: runs.Run) -> None:
+    for entry in journal.read(run.folder):
+        seen.take_entry(entry)
+    plot.require_some(run, seen.curves)
 
 
 def named(run: runs.Run) -> str:
@@ -219,7 +242,7 @@ def _read(run: runs.Run, file: str, command: str, parse: Callable[[Any], _T], pr
 def samples(run: runs.Run) -> Part:
     """What `ambersafe sample` kept."""
     problems: list[str] = []
-    return _read(run, "samples.json", "sample", _samples, problems) or Part(problems=problems)
+    return _read(run, _SAMPLES, "sample", _samples, problems) or Part(problems=problems)
 
 
 def _samples(found: Any) -> Part:
@@ -232,34 +255,20 @@ def _samples(found: Any) -> Part:
         ("made", show.time(found["time"])),
     ]
     prompts = [
-        Sample(
-            str(sample["prompt"]),
-            [
-                Answer(
-                    str(each["label"]),
-                    str(each["text"]),
-                    "" if each["stopped"] else f"cut off after {int(each['tokens']):,} tokens",
-                )
-                for each in sample["answers"]
-            ],
-        )
-        for sample in found["samples"]
+        Sample(display.printable(str(each["prompt"])), list(map(_answer, each["answers"]))) for each in found["samples"]
     ]
     return Part(facts=facts, prompts=prompts)
 
 
-_FIGURES = {
-    "safe_more_likely": "safe response more likely",
-    "safe_more_likely_per_token": "the same, per token",
-    "reward_accuracy": "reward accuracy",
-    "reward_margin": "reward margin",
-}
+def _answer(found: Mapping[str, Any]) -> Answer:
+    note = "" if found["stopped"] else f"cut off after {int(found['tokens']):,} tokens"
+    return Answer(str(found["label"]), display.printable(str(found["text"])), note)
 
 
 def evaluation(stages: list[runs.Run]) -> Part:
     """What `ambersafe evaluate` kept of each run, the last run's by harm category as well."""
     problems: list[str] = []
-    parts = [_read(each, "evaluation.json", "evaluate", _evaluation, problems) for each in stages]
+    parts = [_read(each, _EVALUATION, "evaluate", _evaluation, problems) for each in stages]
     facts = [fact for part in parts if part for fact in part.facts]
     tables = [part.tables[0] for part in parts[:-1] if part]
     return Part(facts=facts, tables=tables + (parts[-1].tables if parts[-1] else []), problems=problems)
@@ -274,11 +283,11 @@ def _evaluation(found: Any) -> Part:
     if upstream := found["upstream"]:
         says = "is the same to 4 digits" if upstream["agrees"] else "differs"
         facts.append((label, f"upstream's own evaluation, on {int(upstream['examples']):,} of them, {says}"))
-    rows = [(_FIGURES.get(key, str(key)), *_figure(each)) for key, each in found["figures"].items()]
+    rows = [(figures.TITLES.get(key, str(key)), *_figure(each)) for key, each in found["figures"].items()]
     tables = [Table(f"{label}, on held-out pairs", ("", "value", "95 % interval, by prompt"), rows)]
     if by_category := found["by_category"]:
         shown = [key for key in ("safe_more_likely", "reward_accuracy") if key in next(iter(by_category.values()))]
-        heads = [each for key in shown for each in (_FIGURES[key], "95 % interval")]
+        heads = [each for key in shown for each in (figures.TITLES[key], "95 % interval")]
         cells = [
             (str(name), f"{int(each[shown[0]]['pairs']):,}", *(cell for key in shown for cell in _figure(each[key])))
             for name, each in by_category.items()

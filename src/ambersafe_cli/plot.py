@@ -76,11 +76,16 @@ def read_curves(run: runs.Run) -> curves.Curves:
         found = curves.read(run.folder)
     except OSError as error:
         raise RunFolderError(f"Cannot read the metrics of {run.folder}: {error.strerror}") from error
-    if found.last is None and not found.evaluations:
-        raise RunFolderError(f"{run.folder} has no metrics: no step and no evaluation.", _how_to_get(run))
+    require_some(run, found)
     if found.unreadable:
         display.warn(f"{run.folder.name}: {found.unreadable} lines of metrics cannot be read, and are left away")
     return found
+
+
+def require_some(run: runs.Run, found: curves.Curves) -> None:
+    """Raise RunFolderError, with what helps, if there is no step and no evaluation in a run's curves."""
+    if found.last is None and not found.evaluations:
+        raise RunFolderError(f"{run.folder} has no metrics: no step and no evaluation.", _how_to_get(run))
 
 
 def _how_to_get(run: runs.Run) -> str:
