@@ -448,31 +448,44 @@ def marked(mark: str) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_the_child_ends_with_the_command(
-    number: int,
-    status: int,
-    by_hand: Path,
-    patched: Path,
-    rows: Path,
-    tmp_path: Path,
-) -> None:
-    mark = f"{tmp_path} {number}"
-    command = [sys.executable, "-m", "ambersafe_cli", "evaluate", by_hand, "--data", rows, "--dir", patched]
-    with subprocess.Popen(
-        [*map(str, command)], stderr=subprocess.PIPE, cwd=tmp_path, env={**os.environ, "EVALUATE_TEST": mark}
-    ) as running:
-        assert running.stderr
-        assert b"reading the pairs" in running.stderr.readline()
-        assert len(marked(mark)) == 2
-        running.send_signal(number)
-        said = running.stderr.read()
-        assert running.wait(timeout=60) == status
-    assert b"Traceback" not in said
+def require_end(running: "subprocess.Popen[bytes]", mark: str, number: int, status: int) -> None:
+    """Send a signal to the command, which has one child; look that both end."""
+    assert len(marked(mark)) == 2
+    running.send_signal(number)
+    assert running.wait(timeout=60) == status
     deadline = time.monotonic() + 30
     while marked(mark) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not marked(mark)
+
+
+def test_ctrl_c_ends_evaluate_and_its_child(by_hand: Path, patched: Path, rows: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ambersafe_cli", "evaluate", by_hand, "--data", rows, "--dir", patched]
+    env = {**os.environ, "EVALUATE_TEST": str(tmp_path)}
+    with subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, cwd=tmp_path, env=env) as running:
+        assert running.stderr
+        assert b"reading the pairs" in running.stderr.readline()
+        require_end(running, str(tmp_path), signal.SIGINT, 130)
+        assert b"Traceback" not in running.stderr.read()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_child_that_only_works_ends_with_who_asked(number: int, tmp_path: Path) -> None:
+    shutil.copy(CHILDREN / "answering.py", tmp_path)
+    (tmp_path / "child.py").write_text(
+        "from answering import *\nimport time\n"
+        "def work(request, progress):\n    progress('a step', 0)\n    time.sleep(600)\nanswer(work)\n"
+    )
+    code = (
+        "import sys; from pathlib import Path; from ambersafe_cli import asking; "
+        "asking._CHILDREN = Path(sys.argv[1]); asking.ask(sys.executable, 'child.py', {}, {}, 'test')"
+    )
+    env = {**os.environ, "EVALUATE_TEST": str(tmp_path)}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env=env) as running:
+        assert running.stderr
+        assert running.stderr.readline() == "test: a step …\n".encode()
+        require_end(running, str(tmp_path), number, -number)
 
 
 @pytest.mark.parametrize(
@@ -508,7 +521,7 @@ def test_what_upstreams_code_prints_does_not_reach_the_answer(
     shutil.copy(CHILDREN / "answering.py", tmp_path)
     (tmp_path / "child.py").write_text(
         "from answering import *\nimport os\n"
-        "def work(request, progress):\n    print('{}'); os.system('echo {}')\n"
+        "def work(request, progress):\n    print('noise'); os.system('echo noise')\n"
         "    progress('a step', 0.5)\n    return request\n"
         "answer(work)\n"
     )

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +16,10 @@ from typing import Any
 import pytest
 import yaml
 from conftest import Ambersafe, run_ambersafe
+from fake_hub import FakeHub, commit_of, serve
 from test_real_upstream import model  # noqa: F401, a fixture
 
-from ambersafe_cli import checkpoints, export
+from ambersafe_cli import checkpoints, export, models, runs
 from ambersafe_cli.errors import ExportError, UsageError
 
 CHILDREN = Path(export.__file__).parent / "children"
@@ -181,6 +183,29 @@ def test_a_checkpoint_of_another_model_is_told_by_names_and_shapes_and_nothing_i
     assert "Traceback" not in done.stderr
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
     assert not left_beside(out)
+
+
+@pytest.mark.slow
+def test_of_a_model_on_the_hub_config_and_tokenizer_are_fetched_and_then_there_without_a_network(
+    trained: SimpleNamespace, tmp_path: Path
+) -> None:
+    files = {path.name: path.read_bytes() for path in trained.base.iterdir()}
+    shutil.copyfile(trained.checkpoint, tmp_path / "policy.pt")
+    given = ("export", tmp_path / "policy.pt", "--model", "org/tiny", "--force")
+    env = {"HF_HOME": str(tmp_path / "home")}
+    with serve(FakeHub({"models/org/tiny": {"main": files}})) as fake:
+        online = {**env, "HF_ENDPOINT": fake.url, "HF_HUB_OFFLINE": ""}
+        done = run_ambersafe(*given, cwd=tmp_path, env=online)
+        assert done.returncode == 0, done.stderr
+        assert "model.safetensors" not in {Path(path).name for path in fake.fetched()}
+    made = {path.name: path.read_bytes() for path in (tmp_path / "hugging_face").iterdir()}
+    assert made["tokenizer.json"] == files["tokenizer.json"]
+    card = made["README.md"].decode()
+    assert "base_model: org/tiny" in card
+    assert f"at commit `{commit_of(files)}`. That is where its config was read" in card
+    done = run_ambersafe(*given, cwd=tmp_path, env={**env, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    assert {path.name: path.read_bytes() for path in (tmp_path / "hugging_face").iterdir()} == made
 
 
 @pytest.mark.slow
@@ -478,8 +503,12 @@ def test_the_folder_is_named_after_what_is_exported(trained: SimpleNamespace, tm
         (("RUN", "--private"), 64, "--private is about the repository of --push"),
         (("RUN", "--push", "a b"), 64, "--push takes the name of a repository"),
         (("RUN", "--dtype", "int8"), 64, "Invalid value for '--dtype'"),
-        (("RUN", "--model", "org/none"), 77, "The model org/none is not in the Hugging Face cache, and HF_HUB_OFFLINE"),
-        (("RUN", "--model", "/no/model"), 77, "There is no model /no/model"),
+        (
+            ("RUN", "--out", "out", "--model", "org/none"),
+            77,
+            "The model org/none is not in the Hugging Face cache, and HF_HUB_OFFLINE",
+        ),
+        (("RUN", "--out", "out", "--model", "/no/model"), 77, "There is no model /no/model"),
         (("RUN", "--out", "full"), 64, "full is not empty"),
         (("RUN", "--out", "full/mine"), 64, "full/mine is a file"),
         (("RUN", "--out", ".", "--force"), 64, "is where you work"),
@@ -546,11 +575,24 @@ def test_a_folder_that_does_not_hold_the_checkpoint_is_not_whole(tmp_path: Path)
         export.require_whole(tmp_path, answer, {"w": (2,)})
 
 
+def test_a_model_is_taken_at_the_commit_of_the_run_and_from_where_it_is_now(
+    trained: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = {"stage": "sft", "model": {"name": "org/x", "revision": "v1", "commit": None}, "values": {}}
+    words = {**record, "values": {"model.tokenizer_name_or_path": "org/words"}}
+    for found, tokenizer in ((record, ("org/x", "a" * 40)), (words, ("org/words", None))):
+        monkeypatch.setattr(models, "run_of", lambda path, found=found: runs.Run(tmp_path, found, "died"))
+        (tmp_path / "train.log").write_text(f"resolved model org/x to revision {'a' * 40}\n")
+        weights, checkpoint = export.find(str(trained.checkpoint), None)
+        assert checkpoint == trained.checkpoint
+        assert (weights.model, weights.revision) == ("org/x", "a" * 40), "by the log, as it was killed"
+        assert (weights.tokenizer, weights.tokenizer_revision) == tokenizer
+        weights, _ = export.find(str(trained.checkpoint), str(trained.base))
+        assert (weights.model, weights.revision) == (str(trained.base), None)
+        assert weights.tokenizer == (str(trained.base) if found is record else "org/words")
+
+
 def test_the_interpreter_of_the_run_reads_its_checkpoint(tmp_path: Path, trained: SimpleNamespace) -> None:
-    from dataclasses import replace
-
-    from ambersafe_cli import runs
-
     weights, _ = export.find(str(trained.run), None)
     assert export._interpreter(weights, None) == sys.executable
     assert export._interpreter(weights, "other") == "other"

@@ -19,18 +19,19 @@ PAIRS = [
     figures.Pair(0, ("Theft", "Drugs"), (4, 4), (-8.0, -9.0), (-8.0, -8.0)),  # likelier both ways; margin 1
     figures.Pair(1, ("Theft",), (2, 8), (-6.0, -16.0), (-5.0, -16.0)),  # likelier in total only; margin -1
     figures.Pair(2, (), (3, 3), (-9.0, -9.0), (-7.0, -7.0)),  # a tie both ways
+    figures.Pair(2, (), (9, 3), (-9.0, -6.0), (-9.0, -6.0)),  # likelier per token only; margin 0
 ]
 
 
 def test_figures_are_those_that_a_hand_gets() -> None:
     found = figures.of(PAIRS, beta=0.5)
     assert {name: each.value for name, each in found.items()} == {
-        "safe_more_likely": 0.5,
-        "safe_more_likely_per_token": 0.5,
-        "reward_accuracy": 0.5,
-        "reward_margin": 0.5 * (5 + 1 - 1 + 0) / 4,
+        "safe_more_likely": 0.4,
+        "safe_more_likely_per_token": 0.6,
+        "reward_accuracy": 0.4,
+        "reward_margin": 0.5 * (5 + 1 - 1 + 0 + 0) / 5,
     }
-    assert {(each.pairs, each.prompts) for each in found.values()} == {(4, 3)}
+    assert {(each.pairs, each.prompts) for each in found.values()} == {(5, 3)}
     assert found.keys() <= figures.TITLES.keys()
 
 
@@ -82,7 +83,7 @@ def test_two_figures_agree_to_four_digits(upstream: float, here: float, agrees: 
 def test_weights_that_give_nan_are_refused() -> None:
     weights = models.of_model("org/model", None)
     broken = [*PAIRS, figures.Pair(3, (), (1, 1), (-1.0, -1.0), (math.nan, -1.0))]
-    with pytest.raises(ArchiveError, match="the reference, model, gives 1 of 5 pairs"):
+    with pytest.raises(ArchiveError, match="the reference, model, gives 1 of 6 pairs"):
         evaluate._require_finite(broken, weights, weights)
 
 
@@ -106,9 +107,9 @@ def test_only_final_weights_on_all_pairs_are_kept_in_the_run(
 
 @given(st.text())
 def test_nothing_of_a_text_can_command_a_terminal(text: str) -> None:
-    shown = display.printable(text)
-    assert all(c == "\n" or c.isprintable() or c == "\xa0" or c.isspace() or ord(c) > 0x2069 for c in shown)
-    assert not {c for c in shown if ord(c) < 32 or 127 <= ord(c) < 160} - {"\n"}
+    shown = set(display.printable(text)) - {"\n"}
+    assert not {c for c in shown if ord(c) < 32 or 127 <= ord(c) < 160 or 0x2028 <= ord(c) <= 0x202E}
+    assert shown >= {c for c in text if c.isalnum()}
 
 
 def test_escape_sequences_are_spelled_out() -> None:

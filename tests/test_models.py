@@ -106,7 +106,9 @@ def test_rewards_are_against_what_the_training_had_as_its_reference(make: Make) 
     dpo = runs.open_run(str(make("dpo_1", loss="dpo", archive=archive)))
     assert models.reference_of(dpo).checkpoint == archive
     assert models.reference_of(dpo).label == "sft"
-    assert models.reference_of(runs.open_run(str(sft))).checkpoint is None, "the base model"
+    more_sft = make("sft_2", archive=archive)
+    for folder in (sft, more_sft):
+        assert models.reference_of(runs.open_run(str(folder))).checkpoint is None, "the base model"
     (sft / "config.yaml").unlink()
     assert models.reference_of(dpo).label == "archive"
     archive.unlink()

@@ -128,7 +128,7 @@ def write(weights: models.Weights, checkpoint: Path, folder: Path, request: Requ
             weights=weights,
             name=request.push or f"./{folder.name}",
             step=answer["step_idx"] if isinstance(answer["step_idx"], int) else None,
-            metrics=answer["metrics"] if isinstance(answer["metrics"], dict) else {},
+            metrics=answer["metrics"],
             fingerprint=checkpoints.fingerprint(checkpoint),
             dtype=answer["dtype"],
             parameters=checkpoints.parameters({name: tuple(shape) for name, (shape, _) in answer["tensors"].items()}),

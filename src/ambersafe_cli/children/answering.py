@@ -16,7 +16,7 @@ Progress = Callable[[str, float], None]
 
 
 class Problem(Exception):
-    """What the user can mend. `kind` is one of model, checkpoint, data, clone, usage, memory."""
+    """What the user can mend. `kind` is one of model, checkpoint, data, clone, folder, usage, memory."""
 
     def __init__(self, kind: str, said: str) -> None:
         super().__init__(said)

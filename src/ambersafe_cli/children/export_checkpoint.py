@@ -298,7 +298,9 @@ def main(request: Any, progress: Progress) -> dict[str, Any]:
         "left_out": left_out,
         "renamed": renamed,
         "step_idx": saved.get("step_idx"),
-        "metrics": saved.get("metrics"),
+        "metrics": {
+            key: value for key, value in (saved.get("metrics") or {}).items() if isinstance(value, int | float)
+        },
         "commit": commit,
     }
 
