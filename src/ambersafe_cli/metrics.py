@@ -88,11 +88,12 @@ def parse_line(line: str) -> Found | None:
         return Commit(match["what"], match["commit"]) if match else None
     match = _STATS.search(line)
     if match:
+        kind, examples, text = match.groups()
         try:
-            values = _values(match["values"])
+            values = _values(text)
         except (ValueError, SyntaxError, TypeError, AttributeError, MemoryError, RecursionError, OverflowError):
             return Unreadable(line)
-        return Record("eval" if match["kind"] == "eval" else "train", int(match["examples"]), values)
+        return Record("eval" if kind == "eval" else "train", int(examples), values)
     return Unreadable(line) if _ALMOST.search(line) else None
 
 
@@ -128,10 +129,10 @@ def parse(lines: Iterable[str]) -> Iterator[Found]:
         if found is None:
             if match := _ATTEMPT_LINE.match(line):
                 attempt = int(match[1])
-        elif attempt > 1 and not isinstance(found, Commit):
-            yield found._replace(attempt=attempt) if isinstance(found, Record) else replace(found, attempt=attempt)
-        else:
+        elif attempt == 1 or isinstance(found, Commit):
             yield found
+        else:
+            yield found._replace(attempt=attempt) if isinstance(found, Record) else replace(found, attempt=attempt)
 
 
 def read(path: Path) -> Iterator[Found]:
@@ -148,14 +149,13 @@ def read_log(path: Path) -> Log:
     commits: dict[str, str] = {}
     unreadable = 0
     for found in read(path):
-        if isinstance(found, Commit):
+        if isinstance(found, Record):  # first, as there may be millions
+            if found.kind == "train":
+                last_step = found
+            else:
+                evaluations.append(found)
+        elif isinstance(found, Commit):
             commits[found.what] = found.commit
         elif isinstance(found, Unreadable):
             unreadable += 1
-        elif isinstance(found, Total):
-            continue
-        elif found.kind == "eval":
-            evaluations.append(found)
-        else:
-            last_step = found
     return Log(tuple(evaluations), last_step, commits.get("model"), commits.get("dataset"), unreadable)
