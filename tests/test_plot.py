@@ -8,9 +8,10 @@ import xml.dom.minidom
 from pathlib import Path
 
 import made_runs
+import matplotlib as mpl
 import pytest
 from conftest import Ambersafe
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_cli import imported_by
 
@@ -160,6 +161,14 @@ def test_the_same_run_gives_the_same_bytes_whatever_the_users_style_is(ambersafe
         assert (work.parents[1] / f"one.{kind}").read_bytes() == (work.parents[1] / f"other.{kind}").read_bytes()
 
 
+def test_what_matplotlib_was_set_to_is_left_away_and_left_as_it_was() -> None:
+    subjects = [drawing.Subject("run", "sft", of(made_runs.records("sft", 3)))]
+    before = drawing.picture(subjects, ["svg"])
+    with mpl.rc_context({"font.size": 40, "lines.linewidth": 9, "xtick.direction": "in", "svg.fonttype": "none"}):
+        assert drawing.picture(subjects, ["svg"]) == before
+        assert mpl.rcParams["xtick.direction"] == "in"
+
+
 def test_without_matplotlib_it_names_the_extra(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made_runs.by_hand(work / "run", "sft", made_runs.records("sft", 2))
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -183,7 +192,7 @@ def test_eight_runs_of_twenty_thousand_steps_are_a_small_picture() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["_hidden", "$x^2$", "<b>&\"'", "ひらがな", "two\nlines\x1b[31m", "bad\udcff", "l" * 200]
+    "name", ["_hidden", "$x^2$", r"$\no$", "<b>&\"'", "ひらがな", "two\nlines\x1b[31m", "bad\udcff", "l" * 200]
 )
 def test_any_name_can_stand_in_a_legend(name: str) -> None:
     read = of(made_runs.records("sft", 2))
@@ -212,6 +221,7 @@ def test_what_is_no_number_leaves_a_gap(count: int) -> None:
         assert {path.count("M") for path in curves_drawn} == {pieces}
 
 
+@example([{"loss/train": 1.7e308, "loss/eval": -1.7e308}])
 @settings(deadline=None, max_examples=15)
 @given(st.lists(st.dictionaries(st.sampled_from(["loss/train", "loss/eval", "grad_norm"]), st.floats()), max_size=5))
 def test_no_value_is_fatal(values: list[dict[str, float]]) -> None:

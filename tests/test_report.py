@@ -12,7 +12,7 @@ import browser
 import made_runs
 import pytest
 from conftest import Ambersafe
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_plot import of
 from test_show import any_json
@@ -326,6 +326,7 @@ def damaged(value: Any) -> st.SearchStrategy[Any]:
     return st.one_of(inside, inside, inside, inside, inside, any_json)
 
 
+@example(sampled=None, evaluated=[])
 @settings(
     deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
