@@ -177,9 +177,15 @@ def write_file(path: str, tensors: State, dtype: torch.dtype | None) -> Iterator
             flat: Any = tensor.detach().contiguous().reshape(-1)
             for piece in flat.split(PIECE):
                 converted = piece.to(dtype_in_files(tensor, dtype))
-                if converted.dtype != piece.dtype and not converted.isfinite().equal(piece.isfinite()):
+                if converted.dtype != piece.dtype and not is_as_finite(converted, piece):
                     raise ValueError(f"{name} holds numbers that are too large for {str(dtype).removeprefix('torch.')}")
                 yield file.write(converted.view(torch.uint8).numpy().data) if piece.numel() else 0
+
+
+def is_as_finite(converted: torch.Tensor, numbers: torch.Tensor) -> bool:
+    """Whether no number has become infinite."""
+    # A sum tells at once that all are finite: of one that is not, nothing finite can come.
+    return bool(converted.sum(dtype=torch.float32).isfinite()) or converted.isfinite().equal(numbers.isfinite())
 
 
 def write_json(path: str, value: Any) -> None:
@@ -292,15 +298,16 @@ def main(request: Any, progress: Progress) -> dict[str, Any]:
         raise Problem("folder", f"{what}: {error.strerror}.") from error
     require_loading(folder)
     commit = os.path.basename(source) if source != name else None
+    metrics = saved.get("metrics")
     return {
         "dtype": most,
         "tensors": {n: [list(t.shape), DTYPES[dtype_in_files(t, dtype)]] for n, t in tensors.items()},
         "left_out": left_out,
         "renamed": renamed,
         "step_idx": saved.get("step_idx"),
-        "metrics": {
-            key: value for key, value in (saved.get("metrics") or {}).items() if isinstance(value, int | float)
-        },
+        "metrics": {k: v for k, v in metrics.items() if isinstance(v, int | float)}
+        if isinstance(metrics, dict)
+        else {},
         "commit": commit,
     }
 
