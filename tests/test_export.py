@@ -148,6 +148,7 @@ def test_killed_in_the_middle_there_is_no_folder_nor_a_process_and_the_next_one_
     while list(reading(new)):
         time.sleep(0.01)
     assert new.exists()
+    assert not (new / "tokenizer.json").exists(), "who wrote it ended with who asked for it"
     done = run_ambersafe("export", trained.run, "--out", folder, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert not left_beside(folder)
@@ -402,6 +403,42 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
     assert not list((tmp_path / "out").iterdir())
 
 
+def header_of(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        assert length % 8 == 0
+        header: dict[str, Any] = json.loads(file.read(length))
+    assert header.pop("__metadata__") == {"format": "pt"}
+    return header
+
+
+@pytest.mark.slow
+def test_a_tokenizer_that_would_be_another_class_with_the_models_config_stays_what_it_is(
+    child: Any,
+    model: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    import transformers
+
+    words = tmp_path / "words"
+    words.mkdir()
+    shutil.copyfile(model / "tokenizer.json", words / "tokenizer.json")
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    config.pop("tokenizer_class")
+    (words / "tokenizer_config.json").write_text(json.dumps(config))
+    (words / "config.json").write_text('{"model_type": "gpt_neox"}')
+    kind: Any = transformers.AutoTokenizer
+    wanted = child.behaviour(kind.from_pretrained(words))
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text('{"model_type": "llama"}')
+    shutil.copytree(words, tmp_path / "copied")
+    shutil.copyfile(out / "config.json", tmp_path / "copied" / "config.json")
+    assert child.behaviour(kind.from_pretrained(tmp_path / "copied")) != wanted, "or this shows nothing"
+    child.write_tokenizer(str(out), str(words), "words")
+    assert child.behaviour(kind.from_pretrained(out)) == wanted
+
+
 @pytest.mark.slow
 def test_a_file_of_weights_is_what_safetensors_reads_whatever_its_tensors_are(child: Any, tmp_path: Path) -> None:
     import torch
@@ -423,6 +460,8 @@ def test_a_file_of_weights_is_what_safetensors_reads_whatever_its_tensors_are(ch
         loaded = load_file(path)
         assert loaded.keys() == tensors.keys()
         assert written == sum(t.nbytes for t in loaded.values())
+        for name, entry in header_of(path).items():
+            assert entry["data_offsets"][0] % loaded[name].element_size() == 0, "where others map the file"
         for name, tensor in tensors.items():
             wanted = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
             assert loaded[name].dtype == wanted.dtype
@@ -563,6 +602,7 @@ def test_a_folder_that_does_not_hold_the_checkpoint_is_not_whole(tmp_path: Path)
         ({"tensors": {"w": [[2], "BF16"]}}, {"w": (2,)}),
         ({"tensors": {"w": [[3], "F32"]}}, {"w": (3,)}),
         ({}, {"w": (2,), "x": (1,)}),
+        ({}, {"w": (1, 2)}),
         ({"renamed": True}, {"other": (3,)}),
     ):
         with pytest.raises(ExportError, match="does not hold"):
