@@ -42,7 +42,7 @@ def main() -> None:
             metrics.read_log(log)
             peak = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
-            print(f"{lines:9,} lines: {statistics.median(times):6.2f} s of processor time (median), peak {peak / 1024:,.0f} kB")
+            print(f"{lines:9,} lines: {statistics.median(times):6.2f} s of CPU (median), peak {peak / 1024:,.0f} kB")
 
 
 if __name__ == "__main__":
