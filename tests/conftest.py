@@ -111,7 +111,7 @@ def records_of(run: Path) -> list[metrics.Record]:
 
 def numbers(run: Path) -> dict[tuple[str, int], tuple[Any, ...]]:
     """Every record of a run by its kind and step, as printed but for the speed, the last where there are two."""
-    found = {}
+    found: dict[tuple[str, int], tuple[Any, ...]] = {}
     for record in records_of(run):
         values = {k: v for k, v in record.values.items() if k != "examples_per_second"}
         found[record.kind, record.examples] = tuple(sorted(values.items()))

@@ -237,7 +237,7 @@ def test_a_stop_request_while_a_resume_makes_ready_is_heard(
     run = stopped(ambersafe, tmp_path / "work")
     monkeypatch.setattr(recovery, "put_in_order", lambda folder: locks.ask_to_stop(folder))
     monkeypatch.setenv("FAKE", "wait")
-    assert attempts.resume(str(run), None, False, False) == 143
+    assert attempts.resume(str(run), None, False, False, plain=False) == 143
     assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
 
 

@@ -325,7 +325,8 @@ def test_logits_equal_those_of_the_checkpoint(
     kept = {name for name in made.state_dict() if name not in answer["left_out"]}
     assert answer["renamed"] == (kept != answer["tensors"].keys())
     assert answer["renamed"] or "mixtral" not in architecture
-    loaded, found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    read: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    loaded, found = read
     assert not any(found.values())
     ids = torch.arange(40).reshape(2, 20)
     with torch.no_grad():

@@ -465,6 +465,7 @@ def test_resume_takes_the_newest_checkpoint_that_is_whole_and_says_what_it_passe
         note(fault, {1, 2} - faults.whole_checkpoints(run))
 
 
+NEEDED = ("stage", "attempts", "command", "environment", "model", "upstream", "next_command", "started", "status")
 DAMAGED_RECORDS: tuple[Callable[[dict[str, Any], random.Random], bytes], ...] = (
     lambda record, rng: json.dumps(record).encode()[: rng.randrange(len(json.dumps(record)))],
     lambda record, rng: b"",
@@ -475,7 +476,6 @@ DAMAGED_RECORDS: tuple[Callable[[dict[str, Any], random.Random], bytes], ...] = 
     lambda record, rng: json.dumps({**record, rng.choice(NEEDED): rng.choice([None, 3, "\0", [], [None]])}).encode(),
     lambda record, rng: b"[" * 100_000,
 )
-NEEDED = ("stage", "attempts", "command", "environment", "model", "upstream", "next_command", "started", "status")
 
 
 def test_a_run_json_that_is_damaged_is_said_and_left_as_it_is(stopped_run: Path) -> None:
@@ -555,8 +555,8 @@ def test_no_json_in_run_json_is_more_than_its_readers_can_take(
     show.table(as_json=True)
     for reader in (
         lambda: runs.newest_finished_sft("m", None),
-        lambda: attempts.resume(None, None, False, False),
-        lambda: attempts.resume(str(run), None, False, False),
+        lambda: attempts.resume(None, None, False, False, plain=False),
+        lambda: attempts.resume(str(run), None, False, False, plain=False),
     ):
         with pytest.raises(errors.AmberSafeError):
             reader()
@@ -802,7 +802,7 @@ def test_several_sft_at_once_never_share_a_folder(fake_clone: Path, tmp_path: Pa
 def test_a_folder_that_another_run_has_taken_meanwhile_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("another run's")
     with pytest.raises(errors.UsageError, match="not empty"):
-        attempts.run(launch.Launch(tmp_path, tmp_path, ("false",), {}, 1, ()), {})
+        attempts.run(launch.Launch(tmp_path, tmp_path, ("false",), {}, 1, ()), {}, plain=False)
     assert (tmp_path / "run.json").read_text() == "another run's"
 
 

@@ -1,5 +1,6 @@
 """A folder that is filled under another name is the old one or the new one, whenever the process is killed."""
 
+import functools
 import os
 import signal
 import sys
@@ -67,7 +68,7 @@ def test_killed_at_any_line_it_leaves_the_old_one_or_the_new_one_and_the_next_on
         folder = place / "f"
         if before is not None:
             make(folder, before)
-        if not killed_at(line, lambda folder=folder: fill(folder)):
+        if not killed_at(line, functools.partial(fill, folder)):
             break
         left = contents(folder)
         if exchanges:

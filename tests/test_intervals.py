@@ -4,6 +4,7 @@ import math
 import random
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import assume, given
@@ -65,11 +66,9 @@ def test_a_share_with_one_pair_a_prompt_has_the_ordinary_wilson_interval(values:
 @given(st.lists(st.tuples(NUMBERS, st.integers(0, 5)), min_size=1, max_size=40), st.randoms())
 def test_intervals_hold_their_value_and_know_no_order(pairs: list[tuple[float, int]], order: random.Random) -> None:
     shuffled = order.sample(pairs, len(pairs))
-    for method, read in ((intervals.mean, float), (intervals.share, lambda value: value > 0)):
-        found, again = (
-            method([read(v) for v, _ in each], [c for _, c in each])  # type: ignore[operator]
-            for each in (pairs, shuffled)
-        )
+    kinds: list[tuple[Any, Any]] = [(intervals.mean, float), (intervals.share, lambda value: value > 0)]
+    for method, read in kinds:
+        found, again = (method([read(v) for v, _ in each], [c for _, c in each]) for each in (pairs, shuffled))
         assert (found.low is None) == (len({c for _, c in pairs}) == 1)
         assert found.value == pytest.approx(again.value, abs=1e-6)
         if found.low is not None:

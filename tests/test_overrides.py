@@ -1,5 +1,7 @@
 """KEY=VALUE in both directions, against Hydra's own parser and against what upstream does with the config."""
 
+from typing import Any, cast
+
 import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -21,7 +23,8 @@ def read_by_upstream(override: str) -> Value:
     parsed = hydra.parse_override(override)
     config = OmegaConf.create({parsed.key_or_group: parsed.value()})
     OmegaConf.resolve(config)
-    return OmegaConf.to_container(config)[parsed.key_or_group]  # type: ignore[index,return-value]
+    plain: Any = OmegaConf.to_container(config)
+    return cast("Value", plain[parsed.key_or_group])
 
 
 @given(st.one_of(texts, awkward).filter(lambda text: "${" not in text))

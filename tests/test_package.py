@@ -45,7 +45,7 @@ def test_wheel_works_in_a_fresh_environment_with_no_checkout_near(
     work.mkdir()
 
     def ambersafe(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [tmp_path / "env" / "bin" / "ambersafe", *arguments]
+        command: list[str | Path] = [tmp_path / "env" / "bin" / "ambersafe", *arguments]
         return subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
 
     done = ambersafe("setup")

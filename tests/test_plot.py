@@ -6,6 +6,7 @@ import math
 import sys
 import xml.dom.minidom
 from pathlib import Path
+from typing import Any
 
 import made_runs
 import matplotlib as mpl
@@ -29,8 +30,8 @@ def of(entries: list[metrics.Record]) -> curves.Curves:
 def said(svg: Path | bytes) -> list[str]:
     """The texts in a picture: matplotlib writes each as a comment next to its outlines."""
     data = svg.read_bytes() if isinstance(svg, Path) else svg
-    comments = []
-    nodes = [xml.dom.minidom.parseString(data)]
+    comments: list[str] = []
+    nodes: list[Any] = [xml.dom.minidom.parseString(data)]
     while nodes:
         node = nodes.pop(0)
         if node.nodeType == node.COMMENT_NODE:
@@ -241,6 +242,7 @@ def test_an_inline_picture_takes_the_colour_of_its_text_and_has_ids_of_its_own()
     assert drawing._SENTINEL not in svg
     assert "<text" in svg, "text stays text"
     element = xml.dom.minidom.parseString(svg).documentElement
+    assert element is not None
     assert element.getAttribute("role") == "img"
     assert "chosen training from" in element.getAttribute("aria-label")
     ids = [e.getAttribute("id") for e in element.getElementsByTagName("*") if e.hasAttribute("id")]

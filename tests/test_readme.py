@@ -23,7 +23,7 @@ def test_every_command_is_in_the_table() -> None:
 
 
 def test_every_exit_status_is_listed_once_with_its_meaning() -> None:
-    kinds = [errors.AmberSafeError, *errors.AmberSafeError.__subclasses__()]
+    kinds: list[type[errors.AmberSafeError]] = [errors.AmberSafeError, *errors.AmberSafeError.__subclasses__()]
     statuses = [kind.exit_status for kind in kinds]
     assert len(set(statuses)) == len(statuses)
     assert min(statuses) >= 64

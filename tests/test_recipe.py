@@ -1,6 +1,7 @@
 """Recipes, and how flags and KEY=VALUE win over them."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -138,7 +139,7 @@ def test_a_revision_of_a_local_path_is_refused(tmp_path: Path) -> None:
         ({"model__name_or_path": "./no_model"}, (), "no model folder ./no_model"),
     ],
 )
-def test_what_contradicts_itself_is_refused(flags: dict[str, Value], overrides: tuple[str, ...], message: str) -> None:
+def test_what_contradicts_itself_is_refused(flags: dict[str, Any], overrides: tuple[str, ...], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         resolve("dpo", overrides=overrides, **flags)
 
