@@ -124,9 +124,6 @@ def load(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-_WHY_NO_UPSTREAM: list[str] = []
-
-
 @pytest.fixture(scope="session")
 def upstream_url() -> str:
     """Upstream's public URL. Where it cannot be reached the test is skipped, or fails if that was asked for."""
@@ -140,7 +137,6 @@ def upstream_url() -> str:
     if why and os.environ.get("AMBERSAFE_REQUIRE_UPSTREAM") == "1":
         pytest.fail(f"AMBERSAFE_REQUIRE_UPSTREAM=1, but {upstream.UPSTREAM_URL} cannot be reached: {why}")
     if why:
-        _WHY_NO_UPSTREAM.append(why)
         pytest.skip(f"{upstream.UPSTREAM_URL} cannot be reached: {why}")
     return upstream.UPSTREAM_URL
 
@@ -154,9 +150,6 @@ def patched(upstream_url: str, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder / "direct-preference-optimization"
 
 
-_WHY_NO_CHROMIUM: list[str] = []
-
-
 @pytest.fixture(scope="session")
 def chromium() -> str:
     """The path of a Chromium or Chrome. Where there is none the test is skipped, or fails if that was asked for."""
@@ -164,7 +157,6 @@ def chromium() -> str:
     if path is None and os.environ.get("AMBERSAFE_REQUIRE_CHROMIUM") == "1":
         pytest.fail("AMBERSAFE_REQUIRE_CHROMIUM=1, but there is no chromium and no google-chrome on PATH")
     if path is None:
-        _WHY_NO_CHROMIUM.append("no chromium")
         pytest.skip("there is no chromium and no google-chrome on PATH")
     return path
 
@@ -176,15 +168,25 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
             item.add_marker(pytest.mark.upstream)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Called where workers run the tests (pytest-xdist), for each at its end: what it noted goes into one table."""
+    faults.add(getattr(node, "workeroutput", {}).get("faults", {}))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["faults"] = faults.as_plain()
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if faults.TABLE:
         terminalreporter.write_sep("=", "faults that were injected")
         terminalreporter.write_line("\n".join(faults.table()))
-    if _WHY_NO_UPSTREAM:
-        skipped = [r for r in terminalreporter.getreports("skipped") if "cannot be reached" in str(r.longrepr)]
-        terminalreporter.write_sep("!", f"{len(skipped)} TESTS AGAINST THE REAL UPSTREAM WERE SKIPPED", red=True)
-        terminalreporter.write_line(f"{upstream.UPSTREAM_URL} cannot be reached: {_WHY_NO_UPSTREAM[0]}")
-    if _WHY_NO_CHROMIUM:
-        skipped = [r for r in terminalreporter.getreports("skipped") if "no google-chrome" in str(r.longrepr)]
-        terminalreporter.write_sep("!", f"{len(skipped)} TESTS IN A REAL BROWSER WERE SKIPPED", red=True)
+    skipped = [str(report.longrepr) for report in terminalreporter.getreports("skipped")]
+    if no_upstream := [why for why in skipped if "cannot be reached" in why]:
+        terminalreporter.write_sep("!", f"{len(no_upstream)} TESTS AGAINST THE REAL UPSTREAM WERE SKIPPED", red=True)
+        terminalreporter.write_line(no_upstream[0])
+    if no_chromium := [why for why in skipped if "no google-chrome" in why]:
+        terminalreporter.write_sep("!", f"{len(no_chromium)} TESTS IN A REAL BROWSER WERE SKIPPED", red=True)
         terminalreporter.write_line("There is no chromium and no google-chrome on PATH: `apt-get install chromium`.")

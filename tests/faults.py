@@ -12,13 +12,14 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ambersafe_cli import integrity, recovery, runs
 
 ALL = os.environ.get("AMBERSAFE_FAULTS") == "all"
-SEED = os.environ.get("AMBERSAFE_TEST_SEED") or str(random.randrange(10**6))
+# In the environment, so that all of pytest's workers have the same one.
+SEED = os.environ.setdefault("AMBERSAFE_TEST_SEED", str(random.randrange(10**6)))
 
 _MARK = "AMBERSAFE_TEST_MARK"
 
@@ -72,6 +73,21 @@ def note(
     row.orphans += len(orphans)
     assert not lost, f"{fault}, seed {SEED}: lost {lost}"
     assert not orphans, f"{fault}, seed {SEED}: left {orphans}"
+
+
+def as_plain() -> dict[str, dict[str, int]]:
+    """The table for another process."""
+    return {fault: asdict(row) for fault, row in TABLE.items()}
+
+
+def add(other: dict[str, dict[str, int]]) -> None:
+    """Add what another process noted, as_plain."""
+    for fault, values in other.items():
+        row = TABLE.setdefault(fault, Row())
+        row.tries += values["tries"]
+        row.lost += values["lost"]
+        row.orphans += values["orphans"]
+        row.is_kill_of_a_training |= bool(values["is_kill_of_a_training"])
 
 
 def table() -> list[str]:

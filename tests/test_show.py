@@ -135,7 +135,8 @@ def test_runs_and_show_keep_to_80_columns(ambersafe: Ambersafe, train: Train) ->
         train(name)
     listed = ambersafe("runs").stdout
     assert widest(listed) <= 80
-    name = only_run(Path(listed.split()[0]).parent.parent, "saferlhf_sft_ambersafe").name
+    work = Path(listed.replace("\n", "").partition(".cache")[0])  # the path may be folded
+    name = only_run(work, "saferlhf_sft_ambersafe").name
     beginning = next(line.split()[0] for line in listed.splitlines() if "saferlhf" in line)
     assert name.startswith(beginning)
     shown = ambersafe("show", beginning)
