@@ -4,8 +4,9 @@
     scripts/bench_live.py [--repeat 3] [--seconds 60] [--clone DIR]
 
 Both run in turn in a terminal (a pty of 80 x 24 that is read all the time), each for about `--seconds`. Printed are the
-medians, the spread of the ratio of pairs, and the seconds of processor time that the launcher, without the training,
-took for each second. The training uses every core, so that a core's time is time taken from it.
+medians, the spread of the ratio of pairs, in wall time and in the processor time of launcher and training together, and
+the seconds of processor time that the launcher alone took for each second. The training uses every core, so that a
+core's time is time taken from it.
 """
 
 import argparse
@@ -25,8 +26,11 @@ from pathlib import Path
 from bench_overhead import by_hand, prepare, sft, timed
 
 
-def in_a_terminal(command: list[str], work: Path) -> tuple[float, float]:
-    """Wall time of a command in a terminal, and the processor time of its own process alone, in seconds."""
+def in_a_terminal(command: list[str], work: Path) -> tuple[float, float, float]:
+    """Wall time of a command in a terminal, the processor time of its own process alone, and that of all its processes.
+
+    In seconds.
+    """
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     begun = time.perf_counter()
@@ -36,19 +40,17 @@ def in_a_terminal(command: list[str], work: Path) -> tuple[float, float]:
     reader = threading.Thread(target=_drain, args=(master,), daemon=True)
     reader.start()
     used = 0.0
-    while child.poll() is None:
-        try:
-            fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
-            used = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-        except OSError:
-            pass
+    while not (ended := os.wait4(child.pid, os.WNOHANG))[0]:
+        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+        used = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
         time.sleep(0.05)
     seconds = time.perf_counter() - begun
+    child.returncode = os.waitstatus_to_exitcode(ended[1])
     reader.join(timeout=5)
     os.close(master)
     if child.returncode:
         raise SystemExit(f"exit status {child.returncode}: {shlex.join(command)}")
-    return seconds, used
+    return seconds, used, ended[2].ru_utime + ended[2].ru_stime
 
 
 def _drain(master: int) -> None:
@@ -73,19 +75,22 @@ def main() -> None:
         examples = 16 * max(1, round((given.seconds - short) / (longer - short) * 3040 / 16))
         print(f"{examples} examples a run, two runs in turn, {given.repeat} times")
         wall: dict[str, list[float]] = {"plain": [], "live": []}
+        processor: dict[str, list[float]] = {"plain": [], "live": []}
         shares: dict[str, list[float]] = {"plain": [], "live": []}
         for number in range(given.repeat):
             order = ("plain", "live") if number % 2 == 0 else ("live", "plain")
             for name in order:
                 flags = ["--no-preflight", *(["--plain"] if name == "plain" else [])]
-                seconds, used = in_a_terminal(sft(work, clone, examples, *flags), work)
+                seconds, used, of_all = in_a_terminal(sft(work, clone, examples, *flags), work)
                 wall[name].append(seconds)
+                processor[name].append(of_all)
                 shares[name].append(used / seconds)
-        ratios = [b / a for a, b in zip(wall["plain"], wall["live"], strict=True)]
         for name in wall:
             share = statistics.median(shares[name])
             print(f"{name:6} {statistics.median(wall[name]):7.1f} s, launcher {share:.2%} of one core (medians)")
-        print(f"ratio  {statistics.median(ratios):7.4f} (median), {min(ratios):.4f} to {max(ratios):.4f}")
+        for what, each in (("wall", wall), ("CPU", processor)):
+            ratios = [b / a for a, b in zip(each["plain"], each["live"], strict=True)]
+            print(f"{what:4} ratio {statistics.median(ratios):.4f} (median), {min(ratios):.4f} to {max(ratios):.4f}")
 
 
 if __name__ == "__main__":
