@@ -1,5 +1,6 @@
 """Reading the lines that train.py prints."""
 
+import tempfile
 import tracemalloc
 from pathlib import Path
 
@@ -97,6 +98,38 @@ def test_a_log_gives_records_in_order_and_resolved_commits(tmp_path: Path) -> No
     assert read.last_step == metrics.parse_line(TRAIN_LINE)
     assert read.unreadable == 0
     assert (read.model_commit, read.data_commit) == ("1" * 40, "2" * 40)
+
+
+STEP = (
+    "train stats after 32 examples: {'loss/train': '0.69315', 'rewards_train/margins': '-1e-05', 'counters/updates': 2}"
+)
+LINES = st.one_of(
+    st.sampled_from([
+        STEP, STEP.replace("32", "64"), STEP.replace("'-1e-05'", "'nan'"), STEP.replace("'-1e-05'", "'-1e-05"),
+        STEP.replace("'-1e-05'", "-1e-05"), STEP.replace("'-1e-05'", "'1..5'"), STEP.replace("'-1e-05'", "True"),
+        STEP.replace("train stats", "eval").replace(" examples", ""), "a bar 3%|" + STEP, STEP + " and more",
+        "skipping logging after 48 examples to avoid logging too frequently", "=== ambersafe: attempt 2",
+        "training on 96 examples in all", f"resolved model m to revision {'a' * 40}", "anything", "",
+    ]),
+    st.integers(0, len(STEP)).map(lambda n: STEP[:n]),
+    st.integers(0, len(STEP)).map(lambda n: STEP[:n] + STEP),
+)  # fmt: skip
+
+
+@given(lines=st.lists(LINES, max_size=12), ends=st.booleans())
+def test_what_is_said_of_a_whole_log_is_what_its_lines_say_one_by_one(lines: list[str], ends: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "train.log"
+        log.write_text("\n".join(lines) + "\n" * ends)
+        every = list(metrics.read(log))
+        records = [each for each in every if isinstance(each, metrics.Record)]
+        found = metrics.read_log(log)
+    steps = [each for each in records if each.kind == "train"]
+    # as texts: nan is not equal to itself
+    assert str(found.last_step) == str(steps[-1] if steps else None)
+    assert str(list(found.evaluations)) == str([each for each in records if each.kind == "eval"])
+    assert found.unreadable == sum(isinstance(each, metrics.Unreadable) for each in every)
+    assert found.model_commit == next((each.commit for each in every if isinstance(each, metrics.Commit)), None)
 
 
 def test_a_log_that_is_not_there_is_empty(tmp_path: Path) -> None:
