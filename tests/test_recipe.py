@@ -43,6 +43,9 @@ CHANGES_NO_NUMBER = {
     "stop_on_nan": True,
     "save_on_signal": True,
     "keep_checkpoints": 2,
+    "sort_by_length": True,
+    "response_logits_only": True,
+    "prefetch_batches": 2,
 }
 
 
@@ -57,7 +60,8 @@ def resolve(
 def test_default_recipe_holds_ambersafes_values_and_nothing_else_that_changes_a_number(
     stage: recipe.StageName, own: dict[str, Value]
 ) -> None:
-    assert recipe.load(recipe.DEFAULT).values[stage] == BOTH | own | CHANGES_NO_NUMBER
+    cache = {"cache_reference": True} if stage == "dpo" else {}
+    assert recipe.load(recipe.DEFAULT).values[stage] == BOTH | own | CHANGES_NO_NUMBER | cache
 
 
 def test_default_recipe_takes_the_rows_that_ambersafe_was_trained_on() -> None:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ _UPSTREAMS: Mapping[str, Any] = {
     "trainer": "BasicTrainer",
     "model.policy_dtype": "float32",
     "model.fsdp_policy_mp": None,
+    "mixed_precision": None,
     "model.reference_dtype": "float16",
     "loss.beta": None,
 }
@@ -70,16 +71,37 @@ def tokenizing(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: config[key] for key in _TOKENIZING}
 
 
-def policy_dtype(config: Mapping[str, Any]) -> tuple[str, bool]:
-    """The type that the policy computes in, and whether its buffers have it too.
+@dataclass(frozen=True)
+class Precision:
+    """What a model computes in: the type of its weights, whether its buffers have that type too, and the type that
+    autocast computes in where it is on."""
 
-    FSDP's mixed precision casts both (trainers.py, FSDPTrainer.__init__); a policy_dtype is one of weights alone.
+    dtype: str
+    casts_buffers: bool = False
+    autocast: str | None = None
+
+
+def policy_precision(config: Mapping[str, Any]) -> Precision:
+    """Of the policy in training (trainers.py, FSDPTrainer.__init__ and BasicTrainer.autocast).
+
+    FSDP's mixed precision casts the weights, and upstream's fsdp_policy_mp the buffers as well.
     """
-    mixed = config["model.fsdp_policy_mp"] if "FSDP" in str(config["trainer"]) else None
-    return (str(mixed), True) if mixed else (str(config["model.policy_dtype"]), False)
+    weights, mixed = str(config["model.policy_dtype"]), config["mixed_precision"]
+    if "FSDP" not in str(config["trainer"]):
+        return Precision(weights, autocast=mixed and str(mixed))
+    if mixed:
+        return Precision(str(mixed))
+    mixed = config["model.fsdp_policy_mp"]
+    return Precision(str(mixed), casts_buffers=True) if mixed else Precision(weights)
 
 
-def for_child(weights: models.Weights, dtype: str, casts_buffers: bool = False) -> dict[str, Any]:
+def reference_precision(config: Mapping[str, Any]) -> Precision:
+    """Of the reference model in training."""
+    mixed = None if "FSDP" in str(config["trainer"]) else config["mixed_precision"]
+    return Precision(str(config["model.reference_dtype"]), autocast=mixed and str(mixed))
+
+
+def for_child(weights: models.Weights, precision: Precision) -> dict[str, Any]:
     """Weights as children/load_policy.py takes them."""
     return {
         "label": weights.label,
@@ -88,8 +110,7 @@ def for_child(weights: models.Weights, dtype: str, casts_buffers: bool = False) 
         "tokenizer": weights.tokenizer,
         "tokenizer_revision": weights.tokenizer_revision,
         "checkpoint": weights.checkpoint and str(weights.checkpoint),
-        "dtype": dtype,
-        "casts_buffers": casts_buffers,
+        **asdict(precision),
     }
 
 

@@ -68,6 +68,13 @@ Trainer = Annotated[str | None, typer.Option(help="FSDPTrainer or BasicTrainer."
 ExpName = Annotated[str | None, typer.Option(help="The run's name: the beginning of its folder's.")]
 Seed = Annotated[int | None, typer.Option(help="Orders the data if seed_data is set, as in the recipe best.")]
 Bf16 = Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16; the weights stay float32.")]
+Attn = Annotated[
+    str | None,
+    typer.Option(help="How attention is computed: sdpa, flash_attention_2, eager.", show_default="sdpa, if it can be"),
+]
+Checkpointing = Annotated[
+    bool, typer.Option("--activation-checkpointing", help="Compute activations twice instead of keeping them.")
+]
 Wandb = Annotated[bool | None, typer.Option(help="Log to Weights & Biases.", show_default="off")]
 Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="Write event files into RUN/tensorboard.")]
 Nproc = Annotated[
@@ -180,6 +187,8 @@ def sft(
     exp_name: ExpName = None,
     seed: Seed = None,
     bf16: Bf16 = False,
+    attn: Attn = None,
+    activation_checkpointing: Checkpointing = False,
     wandb: Wandb = None,
     tensorboard: Tensorboard = False,
     nproc: Nproc = None,
@@ -229,6 +238,8 @@ def dpo(
     exp_name: ExpName = None,
     seed: Seed = None,
     bf16: Bf16 = False,
+    attn: Attn = None,
+    activation_checkpointing: Checkpointing = False,
     wandb: Wandb = None,
     tensorboard: Tensorboard = False,
     nproc: Nproc = None,

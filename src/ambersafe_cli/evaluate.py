@@ -62,7 +62,7 @@ def run(request: Request) -> None:
     beta = request.beta or config["loss.beta"] or _default_beta()
     rows = as_trained.rows(weights.run, config, request.data, request.data_revision)
     as_trained.require_there([weights, *([reference] if reference else [])], rows)
-    policy_dtype, casts_buffers = as_trained.policy_dtype(config)
+    precision = as_trained.policy_precision(config)
     answer = asking.ask(
         request.python,
         "score_pairs.py",
@@ -73,8 +73,8 @@ def run(request: Request) -> None:
             "limit": request.limit,
             "texts": request.pairs is not None,
             "batch_size": request.batch_size,
-            "policy": as_trained.for_child(weights, policy_dtype, casts_buffers),
-            "reference": reference and as_trained.for_child(reference, str(config["model.reference_dtype"])),
+            "policy": as_trained.for_child(weights, precision),
+            "reference": reference and as_trained.for_child(reference, as_trained.reference_precision(config)),
             "settings": as_trained.tokenizing(config),
             "evaluation": _upstreams_evaluation(request, weights, rows, config),
         },
@@ -93,7 +93,7 @@ def run(request: Request) -> None:
         "beta": beta if reference else None,
         "settings": {
             **as_trained.tokenizing(config),
-            "policy_dtype": policy_dtype,
+            "policy_dtype": precision.autocast or precision.dtype,
             "reference_dtype": config["model.reference_dtype"] if reference else None,
         },
         "data": {

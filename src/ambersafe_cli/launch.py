@@ -62,10 +62,11 @@ def plan(
         notes.append(f"--nproc: FSDPTrainer in place of the recipe's {stage.trainer}.")
         stage = stage.with_values({"trainer": "FSDPTrainer"})
     if stage.get("model.fsdp_policy_mp") and "FSDP" not in stage.trainer:
-        raise UsageError(
-            f"--bf16 needs FSDPTrainer: {stage.trainer} has no mixed precision.",
-            "--nproc 1 runs FSDPTrainer in one process, on one GPU or on the CPU.",
-        )
+        raise UsageError(f"model.fsdp_policy_mp is for FSDPTrainer, not {stage.trainer}.", "--bf16 is for both.")
+    if stage.get("mixed_precision") and stage.name == "dpo" and not stage.get("model.reference_dtype"):
+        # The reference model has to compute as the policy does, or rewards begin with the difference in rounding.
+        dtype = stage.get("mixed_precision") if "FSDP" in stage.trainer else "float32"
+        stage = stage.with_values({"model.reference_dtype": dtype})
 
     unknown = [k for p in clone.patches if p.state == "missing" for k in p.patch.config_keys if k in stage.values]
     for key in unknown:

@@ -116,21 +116,28 @@ def _memory(
     parts = [sharded("weights", weights), sharded("gradients", weights)]
     if states:
         parts.append(sharded(f"{config['optimizer']}", weights * states))
-    if stage == "dpo":
+    mixed = config.get("mixed_precision")
+    if mixed and "FSDP" not in str(config["trainer"]):
+        parts.append(sharded(f"weights in {mixed}", _BYTES.get(str(mixed), 2)))  # which autocast makes
+    if stage == "dpo" and not config.get("cache_reference"):
         parts.append(sharded("reference model", _BYTES.get(str(config["model.reference_dtype"]), 2)))
     sequences = config["batch_size"] // (config["gradient_accumulation_steps"] * shards) * (2 if stage == "dpo" else 1)
     longest = data["splits"]["train"]["sampled"]["tokens_longest"]
     tokens, how = sequences * longest, f"{sequences} sequences x {longest} tokens"
     hidden, layers, inner = _sizes(model)
-    compute = _BYTES.get(str(config.get("model.fsdp_policy_mp")), weights)
-    if config["activation_checkpointing"] and "FSDP" in str(config["trainer"]):
+    compute = _BYTES.get(str(mixed or config.get("model.fsdp_policy_mp")), weights)
+    if config["activation_checkpointing"]:
         kept, kept_how = layers * hidden + 10 * hidden + 4 * inner, f"({layers} x {hidden} + one layer)"
     else:
         kept, kept_how = layers * (10 * hidden + 4 * inner), f"{layers} layers x (10 x {hidden} + 4 x {inner})"
     parts.append(Part("activations", tokens * kept * compute, f"{how} x {kept_how} x {compute} bytes"))
     vocabulary = max((shape[0] for name, shape in model.items() if _EMBEDDING.search(name)), default=0)
-    # What upstream's loss holds at once: logits and their log-softmax in float32, and the gradient.
-    parts.append(Part("logits", 3 * 4 * tokens * vocabulary, f"{how} x {vocabulary:,} x 3 x 4 bytes"))
+    if config.get("response_logits_only"):
+        # The gradient is written over them. Which of the tokens are of responses is not counted here.
+        parts.append(Part("logits", compute * tokens * vocabulary, f"{how} at most x {vocabulary:,} x {compute} bytes"))
+    else:
+        # What upstream's loss holds at once: logits and their log-softmax in float32, and the gradient.
+        parts.append(Part("logits", 3 * 4 * tokens * vocabulary, f"{how} x {vocabulary:,} x 3 x 4 bytes"))
     return tuple(parts)
 
 

@@ -53,7 +53,7 @@ def run(request: Request) -> None:
     config = as_trained.config(sampled.run, request.template or sampled.template)
     rows = None if given else as_trained.rows(sampled.run, config)
     as_trained.require_there(every, rows)
-    dtype, casts_buffers = as_trained.policy_dtype(config)
+    precision = as_trained.policy_precision(config)
     templates = [_template(request, each, config["template"]) for each in every]
     answer = asking.ask(
         request.python,
@@ -61,7 +61,7 @@ def run(request: Request) -> None:
         {
             "clone": str(as_trained.clone(sampled.run, request.clone)),
             "models": [
-                {**as_trained.for_child(each, dtype, casts_buffers), "template": template}
+                {**as_trained.for_child(each, precision), "template": template}
                 for each, template in zip(every, templates, strict=True)
             ],
             "prompts": given,

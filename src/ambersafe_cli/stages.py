@@ -69,6 +69,7 @@ _KEY_OF_FLAG = {
     "seed": "seed",
     "wandb": "wandb.enabled",
     "keep_best": "keep_best",
+    "attn": "attn_implementation",
     "beta": "loss.beta",
     "label_smoothing": "loss.label_smoothing",
 }
@@ -79,7 +80,9 @@ def request(stage: recipes.StageName, params: Mapping[str, Any]) -> Request:
     values: dict[str, Value] = {k: params[flag] for flag, k in _KEY_OF_FLAG.items() if params.get(flag) is not None}
     if params["bf16"]:
         # Never policy_dtype=bfloat16: in bfloat16 weights an update at a learning rate of 5e-7 rounds away.
-        values["model.fsdp_policy_mp"] = "bfloat16"
+        values["mixed_precision"] = "bfloat16"
+    if params["activation_checkpointing"]:
+        values["activation_checkpointing"] = True
     if params.get("loss"):
         values["loss.name"] = str(params["loss"])
     if params["template"]:
@@ -229,7 +232,7 @@ def prepare(request: Request) -> Prepared:
 # What DPO needs told again if SFT was told it: where things are and how long texts may be, but not how to train.
 _CARRIED_FLAGS = (
     "recipe", "model", "model_revision", "data", "data_revision", "max_length", "template", "trainer", "wandb", "nproc",
-    "keep", "save_every", "python",
+    "keep", "save_every", "python", "attn",
 )  # fmt: skip
 _CARRIED_KEYS = (
     "model.", "datasets", "max_", "eval_batch_size", "n_eval_examples", "fsdp_port", "keep_eos", "drop_eos", "template",
@@ -245,6 +248,7 @@ def _carried(params: Mapping[str, Any]) -> tuple[str, ...]:
     words += ["--wandb"] if wandb else []
     words += ["--tensorboard"] if params["tensorboard"] else []
     words += ["--bf16"] if params["bf16"] else []
+    words += ["--activation-checkpointing"] if params["activation_checkpointing"] else []
     if params["folder"].absolute() != Path.cwd() / upstream.DEFAULT_FOLDER:
         words += ["--dir", str(params["folder"])]
     overrides = [text for text in params["overrides"] or () if text.lstrip("+").startswith(_CARRIED_KEYS)]

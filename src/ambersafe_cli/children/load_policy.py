@@ -19,7 +19,8 @@ torch.backends.cuda.matmul.allow_tf32 = True  # as train.py
 
 Weights = dict[str, Any]
 """Which weights: label, model and its revision, tokenizer and tokenizer_revision, checkpoint (a policy.pt or null),
-dtype, and casts_buffers: whether buffers have that dtype as well, as FSDP's mixed precision has it."""
+dtype, casts_buffers: whether buffers have that dtype as well, as FSDP's mixed precision has it, and autocast: the dtype
+that autocast computes in, or null."""
 
 
 def open_clone(folder: str) -> Any:
@@ -65,6 +66,8 @@ def load_model(weights: Weights) -> tuple[Any, dict[str, Any]]:
         saved = load_checkpoint(model, weights)
     if weights["casts_buffers"]:
         model.to(dtype)
+    if weights["autocast"]:
+        model.forward = torch.autocast(model.device.type, getattr(torch, weights["autocast"]))(model.forward)
     return model.eval(), saved
 
 
