@@ -83,7 +83,14 @@ def child(monkeypatch: pytest.MonkeyPatch) -> Iterator[Child]:
 
 def weights(model: Path, checkpoint: Path | None = None, **values: Any) -> dict[str, Any]:  # noqa: F811
     own = {"label": "it", "model": str(model), "revision": None, "tokenizer": str(model), "tokenizer_revision": None}
-    return {**own, "checkpoint": checkpoint and str(checkpoint), "dtype": "float32", "casts_buffers": False, **values}
+    return {
+        **own,
+        "checkpoint": checkpoint and str(checkpoint),
+        "dtype": "float32",
+        "casts_buffers": False,
+        "autocast": None,
+        **values,
+    }
 
 
 def quiet(step: str, done: float) -> None:
@@ -234,9 +241,16 @@ def test_upstreams_examples_are_those_that_all_processes_take_of_its_batches(
 def test_mixed_precision_has_its_buffers_in_that_type_too(child: Child, model: Path) -> None:  # noqa: F811
     import torch
 
-    config = {"trainer": "FSDPTrainer", "model.fsdp_policy_mp": "bfloat16", "model.policy_dtype": "float32"}
-    assert as_trained.policy_dtype(config) == ("bfloat16", True)
-    assert as_trained.policy_dtype({**config, "trainer": "BasicTrainer"}) == ("float32", False)
+    plain = {"mixed_precision": None, "model.fsdp_policy_mp": None, "model.policy_dtype": "float32"}
+    config = {**plain, "trainer": "FSDPTrainer", "model.fsdp_policy_mp": "bfloat16"}
+    assert as_trained.policy_precision(config) == as_trained.Precision("bfloat16", casts_buffers=True)
+    assert as_trained.policy_precision({**config, "trainer": "BasicTrainer"}) == as_trained.Precision("float32")
+    config = {**plain, "trainer": "FSDPTrainer", "mixed_precision": "bfloat16", "model.reference_dtype": "bfloat16"}
+    assert as_trained.policy_precision(config) == as_trained.Precision("bfloat16")
+    assert as_trained.reference_precision(config) == as_trained.Precision("bfloat16")
+    config = {**config, "trainer": "BasicTrainer", "model.reference_dtype": "float32"}
+    assert as_trained.policy_precision(config) == as_trained.Precision("float32", autocast="bfloat16")
+    assert as_trained.reference_precision(config) == as_trained.Precision("float32", autocast="bfloat16")
     for casts_buffers, wanted in ((True, torch.bfloat16), (False, torch.float32)):
         given = weights(model, dtype="bfloat16", casts_buffers=casts_buffers)
         loaded, _ = child("load_policy").load_model(given)
