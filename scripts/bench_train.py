@@ -1,22 +1,13 @@
 #!/usr/bin/env python3
-"""Training: pinned upstream with only the mends it needs to start, this project, and TRL, in turn at equal settings.
+"""Training speed and memory of upstream, of this project and of TRL, in turn on the same rows.
 
-    scripts/bench train --stage dpo --size 7M                       # one pass over the rows
-    scripts/bench train --stage dpo --size 7M --epochs 3            # three, as AmberSafe had them
-    scripts/bench train --stage dpo --size 60M --only upstream,ambersafe --also 'sorted:cache_reference=false,…'
+    scripts/bench train [--stage dpo] [--size 7M] [--repeat 3] [--steps N | --epochs N --examples M] [--json FILE]
+    scripts/bench train --only upstream,ambersafe --set KEY=VALUE --also NAME:KEY=VALUE,KEY=VALUE --show-losses
 
-All train in float32 on the same rows, whose lengths are like PKU-SafeRLHF's, with AmberSafe's batches (SFT 64 in 2
-microbatches, DPO 32 in 4) and settings; the reference model is float32 too. Printed are medians over the repeats and
-the ratios of runs that came after one another:
-
-    examples/s   from "Creating trainer" to the last step: data, tokenizing and the pass of the reference model included
-    tokens/s     the same in real tokens, without padding
-    steps/s      from the first step to the last
-    peak         the largest resident set of the process that trains, and without what its imports take
-    first step   from the command to the end of the first step; this project's preflight is part of it
-
-`--also NAME:KEY=VALUE,…` adds this project with other settings, `--show-losses` puts the metrics of steps beside each
-other. TRL lives in an environment of its own, .venv-trl, which is made if `--trl-python` names none.
+`upstream` is the pinned commit with only the mends that it needs to start, by hand; `ambersafe` is what the command of
+that name does; `trl` is TRL's trainer at settings as equal as can be, and what is not equal is printed. All work in
+float32 on a LLaMA with random weights and rows of random words, with one thread for each core. Without `--steps` and
+`--epochs` there are as many steps as upstream makes in about a minute. See scripts/README.md.
 """
 
 import argparse
@@ -25,339 +16,358 @@ import json
 import os
 import platform
 import re
-import shlex
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import venv
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import training_inputs
-from bench_overhead import AMBERSAFE
+import bench_data
+import bench_runs
 
-from ambersafe_cli import metrics, patches
+from ambersafe_cli import patches, worktrees
 
-ROOT = Path(__file__).resolve().parent.parent
-TRL = "1.16.0"
-MENDED_BY = "Train on the CPU where there is no GPU"  # the last of the patches without which upstream does not start
-BATCH = {"sft": (64, 2, 2e-7), "dpo": (32, 4, 5e-7)}
-"""Of each stage the examples of a step, the microbatches that it is cut into, and the learning rate."""
-NOT_EQUAL = (
-    "TRL's SFT loss is the mean over tokens, upstream's the sum over a response: as many operations, another gradient",
-    "TRL shuffles in an order of its own, so its microbatches hold other rows of the same set",
-    "TRL's RMSprop is transformers' \"rmsprop\", with torch's own defaults as upstream's has them",
-    "TRL pads to a multiple of its own choosing (pad_to_multiple_of=auto) and drops nothing",
-)
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+AMBERSAFE = [sys.executable, "-m", "ambersafe_cli"]
+TRL = "trl==1.16.0"
+NAMES = ("upstream", "ambersafe", "trl")
+LAST_MEND = "0004-"  # the last patch that upstream needs to start on a CPU
+STEPS_TO_CALIBRATE = 4
+STEPS_SHOWN = 5
+THREADS = len(os.sched_getaffinity(0))
+# Prints what imports hold resident, in kB, and versions.
+PROBE = """
+import json, re, torch, transformers, datasets
+peak = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]
+device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+print(json.dumps([int(peak), device, f"torch {torch.__version__}, transformers {transformers.__version__}"]))
+"""
+NOT_EQUAL = {
+    "both": (
+        "The order of the examples; in each epoch each sees every row once, none of which has to be cut.",
+        "Upstream pads each microbatch to the longest example of the batch, TRL to the longest of the microbatch.",
+        "TRL tokenizes all rows before its first step, upstream each batch as it is needed.",
+        "TRL computes log probabilities in chunks, without all logits at once, and entropy and accuracy each step.",
+        "TRL's warm-up begins with a step of learning rate 0, upstream's with 1/151 of the rate.",
+        "TRL writes nothing at the end; the others write the weights and RMSprop's state: whole process, peak memory.",
+    ),
+    "sft": (
+        "TRL's loss is a mean over tokens, upstream's a sum over each response: gradients, and their clipping, differ.",
+    ),
+    "dpo": ("TRL reads the weights from the model's folder, the others also from policy.pt: time to the first step.",),
+}
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is trained: the stage, the folder of training_inputs.py, and for how long."""
+class Stage:
+    """A stage's settings, those of AmberSafe: examples an optimizer step, microbatches in it, learning rate."""
 
-    stage: str
-    inputs: Path
-    pairs: int
+    name: str
+    batch: int
+    microbatches: int
+    lr: float
+
+
+STAGES = {"sft": Stage("sft", 64, 2, 2e-7), "dpo": Stage("dpo", 32, 4, 5e-7)}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every variant is given: the folder that holds model, policy.pt and data, and how long to train on it."""
+
+    stage: Stage
+    folder: Path
+    data: Path
     epochs: int
 
     @property
-    def examples(self) -> int:
-        return self.pairs * self.epochs
+    def settings(self) -> list[str]:
+        """Upstream's keys that leave nothing but training to be timed."""
+        return [
+            f"n_eval_examples={bench_data.TEST_ROWS}",
+            f"eval_batch_size={bench_data.TEST_ROWS}",
+            "do_first_eval=false",
+            f"eval_every={self.stage.batch * 1_000_000}",
+            "minimum_log_interval_secs=0",
+            "model.reference_dtype=float32",
+        ]
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One run. Times in seconds since the command was started; `steps` those of its `train stats` lines, each with how
-    many examples had been trained on; `peak` in bytes."""
+class Variant:
+    """Something to be timed: `command` makes the argument list for a task and the folder that it runs in."""
 
-    begun: float
-    steps: tuple[tuple[float, int], ...]
-    wall: float
-    peak: int
-    lines: tuple[str, ...]
-
-    @property
-    def examples_per_second(self) -> float:
-        return self.steps[-1][1] / (self.steps[-1][0] - self.begun)
-
-    @property
-    def steps_per_second(self) -> float:
-        return (len(self.steps) - 1) / (self.steps[-1][0] - self.steps[0][0])
-
-    @property
-    def first_step(self) -> float:
-        return self.steps[0][0]
+    name: str
+    command: Callable[[Task, Path], list[str]]
+    imports: float  # MB
+    versions: str
 
 
-def read_lines(lines: Iterable[tuple[float, str]]) -> tuple[float, tuple[tuple[float, int], ...], tuple[str, ...]]:
-    """When the trainer was made, when each step was said, and the lines of steps, of lines with their times."""
-    begun, steps, said = 0.0, [], []
-    for moment, line in lines:
-        if line.startswith("Creating trainer"):
-            begun = moment
-        elif found := re.match(r"train stats after (\d+) examples", line):
-            steps.append((moment, int(found[1])))
-            said.append(line)
-    return begun, tuple(steps), tuple(said)
-
-
-def measure(command: Sequence[str], work: Path, environment: Mapping[str, str]) -> Measured:
-    """Run a command to its end. Raises SystemExit with the end of its output if it fails."""
-    work.mkdir(parents=True)
-    started = time.perf_counter()
-    child = subprocess.Popen(
-        command, cwd=work, env={**os.environ, **environment}, text=True, errors="replace",
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    peaks: dict[int, int] = {}
-    sampler = threading.Thread(target=_sample, args=(child, peaks), daemon=True)
-    sampler.start()
-    assert child.stdout  # noqa: S101
-    output = [(time.perf_counter() - started, line) for line in child.stdout]
-    status = child.wait()
-    sampler.join()
-    begun, steps, said = read_lines(output)
-    if status or len(steps) < 2:
-        tail = "".join(line for _, line in output[-30:])
-        raise SystemExit(f"{tail}\nexit status {status}, {len(steps)} steps: {shlex.join(command)}")
-    return Measured(begun, steps, output[-1][0], max(peaks.values()), said)
-
-
-def _sample(child: "subprocess.Popen[str]", peaks: dict[int, int]) -> None:
-    """Note the largest resident set, in bytes, of the process and all below it (Linux)."""
-    while child.poll() is None:
-        for process in _tree(child.pid):
-            try:
-                status = Path(f"/proc/{process}/status").read_text()
-            except OSError:
-                continue
-            peaks[process] = max(peaks.get(process, 0), _largest_resident_set(status))
-        time.sleep(0.1)
-
-
-def _tree(process: int) -> list[int]:
-    try:
-        below = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    except OSError:
-        return []
-    return [process, *(each for child in below for each in _tree(int(child)))]
-
-
-def imports_take(python: str) -> int:
-    """The resident set of an interpreter that has imported what trains, in bytes."""
-    code = "import torch, transformers, datasets; print(open('/proc/self/status').read())"
-    done = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True)
-    return _largest_resident_set(done.stdout)
-
-
-def _largest_resident_set(status: str) -> int:
-    """In bytes, of the text of a /proc/PID/status; 0 if it says nothing, as of a process that has ended."""
-    found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0
-
-
-def settings_of(job: Job) -> list[str]:
-    """Upstream's keys that both commands are given."""
+def upstream_command(clone: Path, task: Task, folder: Path) -> list[str]:
+    """train.py by hand, with the keys that it has at that commit."""
+    stage = task.stage
+    (folder / "run").mkdir()
+    of_stage = ["loss=sft"] if stage.name == "sft" else ["loss=dpo", "loss.beta=0.1"]
+    archive = [] if stage.name == "sft" else [f"model.archive={task.folder / 'policy.pt'}"]
     return [
-        "n_epochs=" + str(job.epochs), "eval_every=1000000", "eval_batch_size=32", "n_eval_examples=32",
-        "do_first_eval=false", "model.reference_dtype=float32", "minimum_log_interval_secs=0",
-    ]  # fmt: skip
-
-
-def upstream_command(job: Job, clone: Path, work: Path) -> list[str]:
-    batch, microbatches, rate = BATCH[job.stage]
-    dpo = ["loss.beta=0.1", f"model.archive={job.inputs / 'policy.pt'}"] if job.stage == "dpo" else []
-    return [
-        sys.executable, str(clone / "train.py"), "model=blank_model", f"model.name_or_path={job.inputs / 'model'}",
-        "model.block_name=LlamaDecoderLayer", "datasets=[saferlhf]", f"loss={job.stage}", *dpo, "exp_name=upstream",
-        "max_length=512", "max_prompt_length=256", f"batch_size={batch}", f"gradient_accumulation_steps={microbatches}",
-        f"lr={rate}", "sample_during_eval=false", "wandb.enabled=false", "trainer=BasicTrainer",
-        f"local_run_dir={work}", f"hydra.run.dir={work / 'hydra'}", *settings_of(job),
-    ]  # fmt: skip
-
-
-def ambersafe_command(job: Job, clone: Path, more: Sequence[str]) -> list[str]:
-    dpo = ["--archive", str(job.inputs / "policy.pt")] if job.stage == "dpo" else []
-    return [
-        *AMBERSAFE, job.stage, "--dir", str(clone), "--model", str(job.inputs / "model"), "--trainer", "BasicTrainer",
-        "--data", str(job.inputs / "rows"), *dpo, "--plain", "do_final_eval=false", *settings_of(job), *more,
-    ]  # fmt: skip
-
-
-def trl_command(job: Job, python: str, work: Path) -> list[str]:
-    batch, microbatches, rate = BATCH[job.stage]
-    given = {
-        "stage": job.stage, "model": str(job.inputs / "model"), "rows": str(job.inputs / "rows" / "train.jsonl"),
-        "output": str(work / "output"), "batch_size": batch, "microbatches": microbatches, "lr": rate,
-        "epochs": job.epochs, "precompute": job.epochs > 1,
-    }  # fmt: skip
-    return [python, str(ROOT / "scripts" / "train_with_trl.py"), json.dumps(given)]
-
-
-def make_trl_environment() -> str:
-    """The interpreter of .venv-trl, which is made if it is not there."""
-    folder = ROOT / ".venv-trl"
-    python = folder / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        constraints = str(ROOT / "scripts" / "constraints.txt")
-        install = [str(python), "-m", "pip", "install", "--quiet", "--constraint", constraints, "torch", f"trl=={TRL}"]
-        subprocess.run(install, check=True)
-    return str(python)
-
-
-def make_clones(work: Path) -> tuple[Path, Path]:
-    """Upstream with the patches up to MENDED_BY alone, and with all of them."""
-    whole, mended = work / "clone", work / "mended"
-    subprocess.run([*AMBERSAFE, "setup", "--dir", str(whole)], check=True, capture_output=True)
-    (commit,) = (patch.commit for patch in patches.read_series() if patch.subject == MENDED_BY)
-    command = ["git", "-C", str(whole), "worktree", "add", "--quiet", "--detach", str(mended), commit]
-    subprocess.run(command, check=True)
-    return mended, whole
-
-
-def mean_tokens(rows: Path, stage: str) -> float:
-    """Of an example, with the EOS of each response and without padding; words are tokens here."""
-    total, count = 0, 0
-    for line in rows.read_text().splitlines():
-        row = json.loads(line)
-        prompt, first, second = (len(row[key].split()) for key in ("prompt", "response_0", "response_1"))
-        chosen = first if row["is_response_0_safe"] else second
-        total += prompt + chosen + 1 if stage == "sft" else 2 * prompt + first + second + 2
-        count += 1
-    return total / count
-
-
-def table(
-    runs: Mapping[str, Sequence[Measured]], tokens: float, imports: Mapping[str, int]
-) -> list[tuple[str, Mapping[str, Sequence[float]]]]:
-    """The figures by name, and of each its values by variant, one for each repeat."""
-
-    def each(figure: Callable[[str, Measured], float]) -> dict[str, list[float]]:
-        return {name: [figure(name, run) for run in several] for name, several in runs.items()}
-
-    return [
-        ("examples/s", each(lambda _, run: run.examples_per_second)),
-        ("tokens/s", each(lambda _, run: run.examples_per_second * tokens)),
-        ("steps/s", each(lambda _, run: run.steps_per_second)),
-        ("peak, MB", each(lambda _, run: run.peak / 1e6)),
-        ("peak without imports, MB", each(lambda name, run: (run.peak - imports[name]) / 1e6)),
-        ("first step, s", each(lambda _, run: run.first_step)),
-        ("command to its end, s", each(lambda _, run: run.wall)),
+        *(sys.executable, str(clone / "train.py"), "model=blank_model", f"model.name_or_path={task.folder / 'model'}"),
+        *("model.block_name=LlamaDecoderLayer", "datasets=[saferlhf]", "max_length=512", "max_prompt_length=256"),
+        *(f"n_epochs={task.epochs}", f"batch_size={stage.batch}", f"lr={stage.lr}"),
+        *(f"gradient_accumulation_steps={stage.microbatches}", "sample_during_eval=false", "wandb.enabled=false"),
+        *("trainer=BasicTrainer", "exp_name=upstream", f"local_run_dir={folder / 'run'}"),
+        *of_stage,
+        *archive,
+        *task.settings,
     ]
 
 
-def spread(values: Sequence[float]) -> str:
-    """The median, and how far the values lie apart."""
-    if len(values) == 1:
-        return f"{values[0]:.4g}"
-    return f"{statistics.median(values):.4g} ({min(values):.4g} to {max(values):.4g})"
+def ambersafe_command(clone: Path, overrides: Sequence[str], task: Task, folder: Path) -> list[str]:
+    """The command of this project, with the recipe's batch, microbatches, learning rate and beta."""
+    archive = [] if task.stage.name == "sft" else ["--archive", str(task.folder / "policy.pt")]
+    return [
+        *(*AMBERSAFE, task.stage.name, "--recipe", "ambersafe", "--plain", "--trainer", "BasicTrainer"),
+        *("--model", str(task.folder / "model"), "--data", str(task.data), "--dir", str(clone)),
+        *("--epochs", str(task.epochs), *archive),
+        *(*task.settings, "do_final_eval=false", *overrides),
+    ]
 
 
-def ratios(values: Sequence[float], others: Sequence[float]) -> list[float]:
-    """Of each run to the one of the other variant in the same round."""
-    return [one / other for one, other in zip(values, others, strict=True)]
+def trl_command(python: Path, settings: Mapping[str, Any], task: Task, folder: Path) -> list[str]:
+    request = {
+        "stage": task.stage.name,
+        "model": str(task.folder / "model"),
+        "rows": str(task.data / "train.jsonl"),
+        "batch": task.stage.batch,
+        "microbatches": task.stage.microbatches,
+        "lr": task.stage.lr,
+        "epochs": task.epochs,
+        "settings": settings,
+    }
+    return [str(python), str(HERE / "bench_trl.py"), json.dumps(request)]
 
 
-def show(figures: Sequence[tuple[str, Mapping[str, Sequence[float]]]]) -> None:
-    for name, values in figures:
-        print(f"\n{name}")
-        for variant, several in values.items():
-            against = [
-                f"{spread(ratios(several, values[other]))} of {other}"
-                for other in ("upstream", "trl")
-                if other in values and other != variant
-            ]
-            print(f"  {variant:12} {spread(several):28} {'; '.join(against)}")
+def make_trl_environment() -> Path:
+    """The interpreter of an environment with TRL at the top of the checkout, made there unless it is there."""
+    folder = ROOT / ".venv-trl"
+    python = folder / "bin/python"
+    is_whole = (
+        python.exists() and not subprocess.run([python, "-c", "import trl, torch"], capture_output=True).returncode
+    )
+    if not is_whole:
+        print(f"making {folder} …", file=sys.stderr)
+        venv.create(folder, clear=True, with_pip=True)
+        constraints = ["--constraint", str(HERE / "constraints.txt")]
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *constraints, TRL, "torch"], check=True)
+    return python
 
 
-def show_losses(runs: Mapping[str, Sequence[Measured]], steps: int = 8) -> None:
-    """The metrics of the first steps of upstream beside those of each variant that has them."""
-    theirs = [metrics.parse_line(line) for line in runs["upstream"][0].lines]
-    for name, (first, *_) in runs.items():
-        if name in ("upstream", "trl"):
-            continue
-        print(f"\n{name}: loss and gradient norm, upstream's first")
-        same = {"loss/train": 0, "grad_norm": 0}
-        for number, (one, line) in enumerate(zip(theirs, first.lines, strict=True)):
-            other = metrics.parse_line(line)
-            if not isinstance(one, metrics.Record) or not isinstance(other, metrics.Record):
-                raise SystemExit(f"no metrics: {line}")
-            for key in same:
-                same[key] += one.values[key] == other.values[key]
-            if number < steps:
-                print("  " + "   ".join(f"{one.values[key]:<9.5g} {other.values[key]:<9.5g}" for key in same))
-        print(
-            f"  equal to every printed digit, of {len(theirs)} steps: " + ", ".join(f"{k} {n}" for k, n in same.items())
-        )
+def probe(python: Path | str) -> tuple[float, str, str]:
+    """What the imports of a training hold resident at the most, in MB, the GPU's name, and versions."""
+    printed = subprocess.run([python, "-c", PROBE], check=True, capture_output=True, text=True).stdout
+    kilobytes, device, versions = json.loads(printed.splitlines()[-1])
+    return kilobytes / 1024, device, versions
 
 
-def machine() -> str:
-    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    version = subprocess.run(
-        [sys.executable, "-c", "import torch; print(torch.__version__)"], check=True, capture_output=True, text=True
-    ).stdout.strip()
-    cores = len(os.sched_getaffinity(0))
-    return f"{model[1] if model else platform.machine()}, {cores} cores, torch {version}, {datetime.date.today()}"
+def make_variants(given: argparse.Namespace, clone: Path) -> tuple[list[Variant], str]:
+    """What is to be compared, the baseline first, and the GPU's name."""
+    imports, device, versions = probe(sys.executable)
+    variants = []
+    if "upstream" in given.only:
+        commit = next(patch.commit for patch in patches.read_series() if patch.name.startswith(LAST_MEND))
+        mended = worktrees.folder_at(clone, commit)
+        variants.append(Variant("upstream", partial(upstream_command, mended), imports, versions))
+    own = ([("ambersafe", given.set)] if "ambersafe" in given.only else []) + given.also
+    for name, overrides in own:
+        variants.append(Variant(name, partial(ambersafe_command, clone, overrides), imports, versions))
+    if "trl" in given.only:
+        python = given.trl_python or make_trl_environment()
+        settings = dict(given.trl_set)
+        of_trl, _, versions = probe(python)
+        variants.append(Variant("trl", partial(trl_command, python, settings), of_trl, f"{TRL}, {versions}"))
+    return variants, device
 
 
-def also(text: str) -> tuple[str, list[str]]:
-    name, colon, settings = text.partition(":")
-    if not name or not colon:
-        raise argparse.ArgumentTypeError("it takes NAME:KEY=VALUE,KEY=VALUE")
-    return name, [each for each in settings.split(",") if each]
+def train(variant: Variant, task: Task) -> bench_runs.Run:
+    """One run of a variant in a folder of its own, which goes when it has ended."""
+    folder = Path(tempfile.mkdtemp(dir=task.folder, prefix=f"{variant.name}_"))
+    environment = {
+        "SAFERLHF_DATASET": str(task.data),
+        "SAFERLHF_REVISION": "",
+        "PYTHONUNBUFFERED": "1",  # or lines come by the block
+        "OMP_NUM_THREADS": str(THREADS),
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(folder / "datasets"),
+    }
+    try:
+        return bench_runs.run(variant.command(task, folder), folder, environment)
+    finally:
+        shutil.rmtree(folder)
+
+
+def make_task(given: argparse.Namespace, folder: Path, name: str, examples: int, epochs: int) -> tuple[Task, float]:
+    """Write the rows, and return the task with the mean length of its examples in tokens."""
+    rows = bench_data.write_data(folder / name, examples, bench_data.SHAPES[given.size])
+    tokens = [row.sft_tokens if given.stage == "sft" else row.dpo_tokens for row in rows]
+    return Task(STAGES[given.stage], folder, folder / name, epochs), statistics.mean(tokens)
+
+
+def choose_steps(given: argparse.Namespace, baseline: Variant, folder: Path) -> int:
+    """As many steps as make about `--seconds`, by the time that the baseline takes for a few."""
+    task, _ = make_task(given, folder, "few", STEPS_TO_CALIBRATE * STAGES[given.stage].batch, 1)
+    made = bench_runs.steps(train(baseline, task).lines)
+    return max(2, round(given.seconds * (len(made) - 1) / (made[-1].time - made[0].time)))
+
+
+def cpu_model() -> str:
+    found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return found[1] if found else platform.machine()
+
+
+def table(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """The figures of each variant, and its ratio to the first one, turn by turn."""
+    baseline = next(iter(runs))
+    lines = [f"{'':21} {'':12} {'median':>9} {'min':>9} {'max':>9}   by {baseline}: median, min to max"]
+    for figure in runs[baseline][0]:
+        for name, made in runs.items():
+            values = [one[figure] for one in made]
+            found = bench_runs.spread(values)
+            numbers = " ".join(f"{value:9.2f}" for value in (found.median, found.least, found.greatest))
+            ratio = bench_runs.ratios(values, [one[figure] for one in runs[baseline]])
+            of_pairs = f"{ratio.median:8.3f}, {ratio.least:.3f} to {ratio.greatest:.3f}" if name != baseline else ""
+            lines.append(f"{figure if name == baseline else '':21} {name:12} {numbers}   {of_pairs}".rstrip())
+    return "\n".join(lines)
+
+
+def losses(printed: Mapping[str, Sequence[bench_runs.Step]]) -> str:
+    """The first steps' loss and gradient norm side by side, and how far all those of a variant equal the first's."""
+    baseline, *others = printed
+    lines = []
+    for key in ("loss/train", "grad_norm"):
+        lines.append(f"{key:12} " + " ".join(f"{name[:14]:>14}" for name in printed))
+        for number in range(min(STEPS_SHOWN, *map(len, printed.values()))):
+            values = " ".join(f"{made[number].metrics[key]:>14}" for made in printed.values())
+            lines.append(f"  step {number + 1:5} {values}")
+        for name in others:
+            pairs = [(a.metrics[key], b.metrics[key]) for a, b in zip(printed[baseline], printed[name], strict=True)]
+            lines.append(f"  {name}: {bench_runs.equality(pairs)} in {len(pairs)} steps")
+    return "\n".join(lines)
+
+
+def names(text: str) -> list[str]:
+    found = text.split(",")
+    if unknown := set(found) - set(NAMES):
+        raise argparse.ArgumentTypeError(f"no such variant: {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
+    return found
+
+
+def named_overrides(text: str) -> tuple[str, list[str]]:
+    """NAME:KEY=VALUE,KEY=VALUE; a comma that no KEY= follows belongs to a value."""
+    name, _, overrides = text.partition(":")
+    if not re.fullmatch(r"[\w.-]+", name) or name in NAMES or "=" not in overrides:
+        raise argparse.ArgumentTypeError(f"{text!r}: NAME:KEY=VALUE,… with a name of its own")
+    return name, re.split(r",(?=[\w.+]+=)", overrides)
+
+
+def trl_setting(text: str) -> tuple[str, Any]:
+    key, _, value = text.partition("=")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=STAGES, default="dpo")
+    parser.add_argument("--size", choices=bench_data.SHAPES, default="7M")
+    parser.add_argument("--only", type=names, default=list(NAMES), help="some of upstream,ambersafe,trl")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for the variant ambersafe")
+    also = "one more variant of this project, without what --set says: NAME:KEY=VALUE,KEY=VALUE"
+    parser.add_argument("--also", action="append", type=named_overrides, default=[], metavar="NAME:…", help=also)
+    parser.add_argument(
+        "--trl-set", action="append", type=trl_setting, default=[], metavar="KEY=VALUE", help="of TRL's config"
+    )
+    parser.add_argument("--trl-python", type=Path, help="an interpreter with TRL; without it .venv-trl is made")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="optimizer steps of a run")
+    parser.add_argument("--seconds", type=float, default=60, help="of a run of the first variant, without --steps")
+    parser.add_argument("--epochs", type=int, help="train so many times on --examples rows")
+    parser.add_argument("--examples", type=int, default=320, help="with --epochs; cut to whole batches")
+    parser.add_argument("--clone", type=Path, help="what `ambersafe setup --dir` made, or will make here")
+    parser.add_argument("--show-losses", action="store_true")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    given = parser.parse_args()
+    if given.steps and given.epochs:
+        parser.error("--steps or --epochs, not both")
+    if given.steps is not None and given.steps < 2:
+        parser.error("--steps: 2 at least")
+    if given.epochs and given.examples < 2 * STAGES[given.stage].batch:
+        parser.error(f"--examples: {2 * STAGES[given.stage].batch} at least, two batches")
+    return given
+
+
+def benchmark(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Run everything, print what is found, and return it for `--json`."""
+    stage = STAGES[given.stage]
+    clone = (given.clone or folder / "clone").resolve()
+    subprocess.run([*AMBERSAFE, "setup", "--dir", str(clone)], check=True, capture_output=True)
+    variants, device = make_variants(given, clone)
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    machine = f"{cpu_model()}, {THREADS} cores, {device}, {date}"
+    print(machine)
+    for variant in variants:
+        print(f"  {variant.name:12} {variant.versions}")
+    build = [sys.executable, str(HERE / "bench_data.py"), str(folder), given.size]
+    subprocess.run(build, check=True, capture_output=True)
+    if given.epochs:
+        examples, epochs = given.examples // stage.batch * stage.batch, given.epochs
+    else:
+        examples, epochs = (given.steps or choose_steps(given, variants[0], folder)) * stage.batch, 1
+    task, tokens = make_task(given, folder, "data", examples, epochs)
+    what = f"{stage.name}, {given.size}, {examples} examples x {epochs}, {stage.batch} a step in {stage.microbatches}"
+    print(f"{what}, {tokens:.1f} tokens an example; {given.repeat} times", flush=True)
+
+    runs: dict[str, list[dict[str, float]]] = {variant.name: [] for variant in variants}
+    printed: dict[str, list[bench_runs.Step]] = {}
+    for number in range(given.repeat):
+        # There and back, so that nothing is always the first or always after the same one.
+        for variant in variants if number % 2 == 0 else variants[::-1]:
+            one = train(variant, task)
+            made = bench_runs.steps(one.lines)
+            if len(made) * stage.batch != examples * epochs:
+                raise SystemExit(f"error: {variant.name} made {len(made)} steps of {examples * epochs // stage.batch}")
+            runs[variant.name].append(bench_runs.figures(one, tokens, variant.imports))
+            printed[variant.name] = made
+    print(f"\n{table(runs)}")
+    if given.show_losses:
+        print(f"\n{losses({variant.name: printed[variant.name] for variant in variants if variant.name != 'trl'})}")
+    not_equal = [*NOT_EQUAL["both"], *NOT_EQUAL[stage.name]] if "trl" in runs else []
+    if not_equal:
+        print("\nWhat could not be made equal:\n" + "\n".join(f"- {text}" for text in not_equal))
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()}
+    return {
+        "machine": machine,
+        "versions": {variant.name: variant.versions for variant in variants},
+        "settings": settings,
+        "task": {"stage": asdict(stage), "examples": examples, "epochs": epochs, "tokens_an_example": tokens},
+        "runs": runs,
+        "not_equal": not_equal,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=("sft", "dpo"), default="dpo")
-    parser.add_argument("--size", choices=tuple(training_inputs.SHAPES), default="7M")
-    parser.add_argument("--steps", type=int, default=12, help="optimizer steps an epoch")
-    parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--only", default="upstream,ambersafe,trl")
-    parser.add_argument("--also", type=also, action="append", default=[], metavar="NAME:KEY=VALUE,…")
-    parser.add_argument("--trl-python")
-    parser.add_argument("--show-losses", action="store_true")
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    variants = [*given.only.split(","), *(name for name, _ in given.also)]
-    trl_python = (given.trl_python or make_trl_environment()) if "trl" in variants else ""
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        mended, whole = make_clones(work)
-        job = Job(given.stage, work / "inputs", given.steps * BATCH[given.stage][0], given.epochs)
-        make = [sys.executable, training_inputs.__file__, str(job.inputs), given.size, str(job.pairs)]
-        subprocess.run(make, check=True, capture_output=True)
-        print(f"{machine()}\n{given.stage} {given.size}: {job.pairs} pairs, {job.epochs} epochs, {given.repeat} rounds")
-        cores = str(len(os.sched_getaffinity(0)))
-        environment = {"SAFERLHF_DATASET": str(job.inputs / "rows"), "OMP_NUM_THREADS": cores, "PYTHONUNBUFFERED": "1"}
-        settings = {"ambersafe": list[str](), **dict(given.also)}
-
-        def once(name: str, place: Path) -> Measured:
-            if name == "upstream":
-                return measure(upstream_command(job, mended, place), place, environment)
-            if name == "trl":
-                return measure(trl_command(job, trl_python, place), place, environment)
-            return measure(ambersafe_command(job, whole, settings[name]), place, environment)
-
-        runs: dict[str, list[Measured]] = {name: [] for name in variants}
-        for number in range(given.repeat):
-            for name in variants if number % 2 == 0 else reversed(variants):
-                runs[name].append(once(name, work / f"{name}_{number}"))
-        own = imports_take(sys.executable)
-        imports = {name: imports_take(trl_python) if name == "trl" else own for name in variants}
-        figures = table(runs, mean_tokens(job.inputs / "rows" / "train.jsonl", job.stage), imports)
-        show(figures)
-        if given.show_losses:
-            show_losses(runs)
-        if "trl" in variants:
-            print("\nnot equal:\n  " + "\n  ".join(NOT_EQUAL))
-        if given.json:
-            given.json.write_text(json.dumps(dict(figures), indent=2) + "\n")
+    given = read_arguments()
+    with tempfile.TemporaryDirectory(prefix="bench-train-") as folder:
+        found = benchmark(given, Path(folder))
+    if given.json:
+        given.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
