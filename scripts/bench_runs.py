@@ -17,7 +17,7 @@ LAST_LINES = 20
 
 _STEP = re.compile(r"train stats after (\d+) examples: (\{.*\})")
 _TRAINER = "Creating trainer"
-# Upstream's line right before the first batch, the line of bench_trl.py, or the one ahead of a pass of the reference model.
+# Upstream's line right before the first batch, that of bench_trl.py, or that ahead of a pass of the reference model.
 _BEGINS = re.compile(r"Using \w+ optimizer|training begins|building reference model")
 
 

@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -364,6 +365,8 @@ def benchmark(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     given = read_arguments()
+    # Or what it has started would go on, and its folder stay.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with tempfile.TemporaryDirectory(prefix="bench-train-") as folder:
         found = benchmark(given, Path(folder))
     if given.json:
