@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -204,8 +205,28 @@ def test_nproc_starts_that_many_processes_through_torchrun(ambersafe: Ambersafe,
     called = read_json(runs_of(fake_clone)[-1] / "called.json")
     assert called["environment"]["WORLD_SIZE"] == "1"
     assert called["config"]["trainer"] == "FSDPTrainer"
-    assert called["config"]["model.fsdp_policy_mp"] == "bfloat16"
+    assert called["config"]["mixed_precision"] == "bfloat16"
     assert "model.policy_dtype" not in called["config"]
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (("--bf16",), "float32"),  # autocast
+        (("--bf16", "--nproc", "2"), "bfloat16"),
+        (("--bf16", "--nproc", "2", "model.reference_dtype=float16"), "float16"),
+        (("--nproc", "2"), "float32"),  # the recipe's
+        (("mixed_precision=bfloat16", "--nproc", "2"), "float32"),
+    ],
+)
+def test_with_bf16_the_reference_model_computes_as_the_policy_unless_it_is_told_otherwise(
+    ambersafe: Ambersafe, fake_clone: Path, model: Path, tmp_path: Path, given: tuple[str, ...], wanted: str
+) -> None:
+    archive = tmp_path / "policy.pt"
+    archive.touch()
+    done = ambersafe("dpo", "--model", model, "--archive", archive, "--recipe", "tiny", "--dry-run", *given)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"model.reference_dtype='?(\w+)", done.stdout) == [wanted]
 
 
 def test_gpus_that_the_driver_lists_make_one_process_each(

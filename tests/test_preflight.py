@@ -269,13 +269,17 @@ for _ in range(300):
     assert done.returncode == 0, done.stderr
 
 
-def test_activations_are_reckoned_as_autograd_keeps_them(model: Path) -> None:  # noqa: F811
-    """The plan's arithmetic against the tensors that autograd saves in a forward pass, each storage once."""
+@pytest.mark.parametrize("mixed", [None, "bfloat16"])
+def test_activations_are_reckoned_as_autograd_keeps_them(model: Path, mixed: str | None) -> None:  # noqa: F811
+    """The plan's arithmetic against the tensors that autograd saves in a forward pass, each storage once.
+
+    But for the weights, and for what autocast makes of them.
+    """
     import torch
     import transformers
 
     loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    weights = {parameter.data_ptr() for parameter in loaded.parameters()}
+    weights = {shape for each in loaded.parameters() for shape in (tuple(each.shape), tuple(reversed(each.shape)))}
     saved: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -283,9 +287,12 @@ def test_activations_are_reckoned_as_autograd_keeps_them(model: Path) -> None:  
         return tensor
 
     tokens = torch.randint(0, 1000, (4, 100))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=mixed is not None),
+    ):
         output = loaded.model(tokens, attention_mask=torch.ones_like(tokens))
-    measured = sum(t.untyped_storage().nbytes() for pointer, t in saved.items() if pointer not in weights)
+    measured = sum(t.untyped_storage().nbytes() for t in saved.values() if tuple(t.shape) not in weights)
     assert output.last_hidden_state.requires_grad
 
     config = {"policy_dtype": "float32", "reference_dtype": "float32"}
@@ -294,7 +301,7 @@ def test_activations_are_reckoned_as_autograd_keeps_them(model: Path) -> None:  
     more = {"n_epochs": 1, "n_examples": None, "do_first_eval": True, "activation_checkpointing": False}
     split = {"examples": 64, "sampled": {"tokens_longest": 100}}
     shapes = checkpoints.model_shapes(model)
-    whole = {**config, **settings, **more, "trainer": "BasicTrainer"}
+    whole = {**config, **settings, **more, "trainer": "BasicTrainer", "mixed_precision": mixed}
     plan = plans.make_plan("sft", 1, model, whole, {"splits": {"train": split}}, shapes)
     assert plan.memory
     (activations,) = (part.bytes for part in plan.memory if part.name == "activations")

@@ -160,6 +160,27 @@ print(json.dumps(True))
     )
 
 
+def test_a_model_that_makes_its_logits_elsewhere_is_refused(patched: Path, model: Path) -> None:  # noqa: F811
+    """And not, as with a batch of one it could be, given the log-probabilities of other positions."""
+    assert ask(
+        patched,
+        model,
+        """
+model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+head = model.lm_head
+model.lm_head = torch.nn.Identity()
+model.register_forward_hook(lambda m, a, o: setattr(o, "logits", torch.nn.functional.linear(o.logits, head.weight)))
+model.get_output_embeddings = lambda: head
+given = batch(1, ("chosen",))
+try:
+    own = [given[f"chosen_{k}"] for k in ("input_ids", "attention_mask", "labels")]
+    trainer(response_logits_only=True).get_logps(model, *own)
+except ValueError as error:
+    print(json.dumps("does not make its logits by its get_output_embeddings()" in str(error)))
+""",
+    )
+
+
 def test_what_is_fetched_ahead_comes_in_order_and_so_does_what_it_raises(patched: Path, model: Path) -> None:  # noqa: F811
     assert ask(
         patched,
@@ -273,6 +294,40 @@ def test_an_array_that_is_damaged_is_made_anew(dpo: Callable[..., Path], ours: P
     assert [path.name for path in kept(tmp_path)] == [path.name for path in kept(ours)]
     for mine, theirs in zip(kept(tmp_path), kept(ours), strict=True):
         assert numpy.array_equal(numpy.load(mine), numpy.load(theirs), equal_nan=True)
+
+
+def test_two_runs_at_once_lose_nothing_of_what_the_other_found(patched: Path, model: Path, tmp_path: Path) -> None:  # noqa: F811
+    assert ask(
+        patched,
+        model,
+        f"""
+import numpy, os
+found = numpy.full((4, 2), numpy.nan, dtype=numpy.float32)
+for row in (1, 3):
+    own = trainer()
+    own.rank, mine = 0, found.copy()
+    mine[row] = row
+    own.reference_caches = dict(train=({str(tmp_path / "logps" / "key.npy")!r}, mine))
+    own.write_reference_cache("train")
+kept = numpy.load({str(tmp_path / "logps" / "key.npy")!r})
+assert os.listdir({str(tmp_path / "logps")!r}) == ["key.npy"]
+print(json.dumps(numpy.isnan(kept[[0, 2]]).all() and kept[1, 0] == 1 and kept[3, 1] == 3, default=bool))
+""",
+    )
+
+
+def test_a_place_that_cannot_be_written_costs_a_warning_and_not_the_run(
+    dpo: Callable[..., Path],
+    ours: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    folder = kept(tmp_path)[0].parent
+    shutil.rmtree(folder)
+    folder.write_text("no folder")
+    run = dpo("unwritable")
+    assert "WARNING: the log probabilities of the reference model are not kept for later runs" in log_of(run)
+    assert numbers(run) == numbers(only_run(ours, "dpo"))
+    assert folder.read_text() == "no folder"
 
 
 def test_what_a_killed_pass_had_written_is_not_computed_again(

@@ -62,7 +62,7 @@ def run(request: Request) -> None:
     beta = request.beta or config["loss.beta"] or _default_beta()
     rows = as_trained.rows(weights.run, config, request.data, request.data_revision)
     as_trained.require_there([weights, *([reference] if reference else [])], rows)
-    precision = as_trained.policy_precision(config)
+    precision, of_reference = as_trained.policy_precision(config), as_trained.reference_precision(config)
     answer = asking.ask(
         request.python,
         "score_pairs.py",
@@ -74,7 +74,7 @@ def run(request: Request) -> None:
             "texts": request.pairs is not None,
             "batch_size": request.batch_size,
             "policy": as_trained.for_child(weights, precision),
-            "reference": reference and as_trained.for_child(reference, as_trained.reference_precision(config)),
+            "reference": reference and as_trained.for_child(reference, of_reference),
             "settings": as_trained.tokenizing(config),
             "evaluation": _upstreams_evaluation(request, weights, rows, config),
         },
@@ -94,7 +94,7 @@ def run(request: Request) -> None:
         "settings": {
             **as_trained.tokenizing(config),
             "policy_dtype": precision.autocast or precision.dtype,
-            "reference_dtype": config["model.reference_dtype"] if reference else None,
+            "reference_dtype": (of_reference.autocast or of_reference.dtype) if reference else None,
         },
         "data": {
             "datasets": list(rows.datasets),

@@ -63,7 +63,9 @@ def plan(
         stage = stage.with_values({"trainer": "FSDPTrainer"})
     if stage.get("model.fsdp_policy_mp") and "FSDP" not in stage.trainer:
         raise UsageError(f"model.fsdp_policy_mp is for FSDPTrainer, not {stage.trainer}.", "--bf16 is for both.")
-    if stage.get("mixed_precision") and stage.name == "dpo" and not stage.get("model.reference_dtype"):
+    is_ours = "mixed_precision" in stage.explicit or not stage.get("model.reference_dtype")
+    is_theirs = any(override.key == "model.reference_dtype" for override in stage.overrides)
+    if stage.get("mixed_precision") and stage.name == "dpo" and is_ours and not is_theirs:
         # The reference model has to compute as the policy does, or rewards begin with the difference in rounding.
         dtype = stage.get("mixed_precision") if "FSDP" in stage.trainer else "float32"
         stage = stage.with_values({"model.reference_dtype": dtype})

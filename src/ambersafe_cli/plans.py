@@ -1,7 +1,8 @@
 """What a run will do: steps, evaluations, checkpoints, disk and memory, by arithmetic that is shown.
 
 Activations: what autograd keeps of a layer of LLaMA is 10 times the hidden and 4 times the inner size a token, as its
-saved tensors say (transformers 5.23, sdpa attention); other architectures keep about as much.
+saved tensors say (transformers 5.23, sdpa attention); under autocast 18 times the hidden size, in numbers of 16 bits.
+Other architectures keep about as much.
 """
 
 import re
@@ -126,10 +127,14 @@ def _memory(
     tokens, how = sequences * longest, f"{sequences} sequences x {longest} tokens"
     hidden, layers, inner = _sizes(model)
     compute = _BYTES.get(str(mixed or config.get("model.fsdp_policy_mp")), weights)
+    # Autocast keeps what flows from layer to layer, and into norms, in the type of the weights.
+    hiddens = 18 if mixed and "FSDP" not in str(config["trainer"]) else 10
     if config["activation_checkpointing"]:
-        kept, kept_how = layers * hidden + 10 * hidden + 4 * inner, f"({layers} x {hidden} + one layer)"
+        between = layers * hidden * (2 if hiddens == 18 else 1)
+        kept, kept_how = between + hiddens * hidden + 4 * inner, f"({between} + one layer)"
     else:
-        kept, kept_how = layers * (10 * hidden + 4 * inner), f"{layers} layers x (10 x {hidden} + 4 x {inner})"
+        kept = layers * (hiddens * hidden + 4 * inner)
+        kept_how = f"{layers} layers x ({hiddens} x {hidden} + 4 x {inner})"
     parts.append(Part("activations", tokens * kept * compute, f"{how} x {kept_how} x {compute} bytes"))
     vocabulary = max((shape[0] for name, shape in model.items() if _EMBEDDING.search(name)), default=0)
     if config.get("response_logits_only"):

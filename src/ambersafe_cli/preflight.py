@@ -219,7 +219,10 @@ def _of_speed(subject: Subject, config: Mapping[str, Any]) -> Iterator[Finding]:
     if not subject.environment.gpus:
         yield Finding("error", "--attn flash_attention_2 needs a GPU, and there is none here.", "Leave --attn away.")
     dtypes = (config.get("mixed_precision"), config["model.fsdp_policy_mp"], config["model.policy_dtype"])
-    if next(filter(None, dtypes)) == "float32":
+    is_whole = next(filter(None, dtypes)) == "float32"
+    if subject.stage.name == "dpo" and "FSDP" in str(config["trainer"]):
+        is_whole = is_whole or config["model.reference_dtype"] == "float32"
+    if is_whole:
         yield Finding("error", "--attn flash_attention_2 computes in 16 bits only.", "Add --bf16.")
 
 

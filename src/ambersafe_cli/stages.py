@@ -236,6 +236,7 @@ _CARRIED_FLAGS = (
 )  # fmt: skip
 _CARRIED_KEYS = (
     "model.", "datasets", "max_", "eval_batch_size", "n_eval_examples", "fsdp_port", "keep_eos", "drop_eos", "template",
+    "mixed_precision", "attn_implementation", "activation_checkpointing",
 )  # fmt: skip
 
 
