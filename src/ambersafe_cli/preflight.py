@@ -17,6 +17,7 @@ from ambersafe_cli.errors import ArchiveError, CloneError
 from ambersafe_cli.findings import Finding
 from ambersafe_cli.overrides import Value, read_yaml
 from ambersafe_cli.plans import Plan, in_gigabytes, make_plan
+from ambersafe_cli.speed_findings import of_speed
 
 if TYPE_CHECKING:
     from ambersafe_cli.environment import TrainingEnvironment
@@ -60,7 +61,7 @@ def check(subject: Subject) -> Report:
     findings = [*_of_clone(subject), *_of_environment(subject), *_of_types(config)]
     if any(finding.level == "error" for finding in findings):
         return Report(tuple(findings), None)  # what follows reckons with these
-    findings += [*_of_settings(subject, config), *_of_speed(subject, config)]
+    findings += [*_of_settings(subject, config), *of_speed(subject.stage, config, subject.environment)]
     findings += [*_of_template(subject, config), *_of_wandb(config)]
     sources = hub.sources(config, subject.stage.data, subject.stage.data_revision)
     lacking = {source: hub.lacking(source) for source in sources}
@@ -183,47 +184,6 @@ def _of_settings(subject: Subject, config: Mapping[str, Any]) -> Iterator[Findin
             f"eval_every {config['eval_every']} is smaller than batch_size {batch}: upstream rounds it to 0 and fails.",
             f"Add eval_every={batch} behind the flags, or more.",
         )
-
-
-_ATTENTIONS = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention", "eager")
-
-
-def _of_speed(subject: Subject, config: Mapping[str, Any]) -> Iterator[Finding]:
-    """What makes training fast and does not go with everything else."""
-    if subject.stage.name == "dpo" and config.get("cache_reference"):
-        for needs_it, off in (
-            (config["sample_during_eval"], "sample_during_eval=false"),
-            ("TensorParallel" in str(config["trainer"]), "--trainer FSDPTrainer"),
-        ):
-            if needs_it:
-                yield Finding(
-                    "error",
-                    "cache_reference frees the reference model, which would be needed all the time here.",
-                    f"Add cache_reference=false behind the flags, or {off}.",
-                )
-    attention = config.get("attn_implementation")
-    if attention and attention not in _ATTENTIONS and "/" not in str(attention):
-        yield Finding(
-            "error",
-            f"There is no attention {attention}.",
-            f"--attn takes {', '.join(_ATTENTIONS)}, as transformers has them.",
-        )
-    if attention != "flash_attention_2":
-        return
-    if "flash-attn" not in subject.environment.extras:
-        yield Finding(
-            "error",
-            f"{subject.environment.python} lacks flash-attn, which --attn flash_attention_2 needs.",
-            "`pip install flash-attn --no-build-isolation` there, or leave --attn away: sdpa needs no package.",
-        )
-    if not subject.environment.gpus:
-        yield Finding("error", "--attn flash_attention_2 needs a GPU, and there is none here.", "Leave --attn away.")
-    dtypes = (config.get("mixed_precision"), config["model.fsdp_policy_mp"], config["model.policy_dtype"])
-    is_whole = next(filter(None, dtypes)) == "float32"
-    if subject.stage.name == "dpo" and "FSDP" in str(config["trainer"]):
-        is_whole = is_whole or config["model.reference_dtype"] == "float32"
-    if is_whole:
-        yield Finding("error", "--attn flash_attention_2 computes in 16 bits only.", "Add --bf16.")
 
 
 def _of_template(subject: Subject, config: Mapping[str, Any]) -> Iterator[Finding]:
