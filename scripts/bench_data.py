@@ -29,8 +29,28 @@ class Shape:
     ffn: int
     vocabulary: int
 
+    @property
+    def parameters(self) -> int:
+        of_layer = 4 * self.hidden**2 + 3 * self.hidden * self.ffn + 2 * self.hidden
+        return self.layers * of_layer + (2 * self.vocabulary + 1) * self.hidden
 
-SHAPES = {"7M": Shape(256, 4, 4, 688, 8192), "60M": Shape(512, 8, 8, 1376, 32000)}
+    def operations(self, tokens: float, length: float) -> float:
+        """Floating-point operations of training on so many tokens of sequences of that length on average.
+
+        Forward and backward pass, 6 for each parameter but the input embedding's, and 12 for each token that a token
+        can see, halved as it sees those before it only (PaLM, appendix B, https://arxiv.org/abs/2204.02311).
+        """
+        return tokens * (6 * (self.parameters - self.vocabulary * self.hidden) + 6 * self.layers * self.hidden * length)
+
+
+SHAPES = {
+    "7M": Shape(256, 4, 4, 688, 8192),
+    "60M": Shape(512, 8, 8, 1376, 32000),
+    # For a GPU. The last one is AmberChat's.
+    "160M": Shape(768, 12, 12, 3072, 32000),
+    "1.4B": Shape(2048, 24, 16, 5504, 32000),
+    "6.7B": Shape(4096, 32, 32, 11008, 32000),
+}
 
 
 @dataclass(frozen=True)
@@ -134,6 +154,10 @@ def build_model(folder: Path, shape: Shape) -> None:
     )
     fast.save_pretrained(folder / "model")
     torch.manual_seed(SEED)
+    # Weights of that many parameters are made on the GPU, and kept in 16 bits, as they are published.
+    is_large = shape.parameters > 10**9
+    torch.set_default_device("cuda" if is_large and torch.cuda.is_available() else "cpu")
+    torch.set_default_dtype(torch.bfloat16 if is_large else torch.float32)
     config = transformers.LlamaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,

@@ -50,6 +50,23 @@ peak = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]
 device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
 print(json.dumps([int(peak), device, f"torch {torch.__version__}, transformers {transformers.__version__}"]))
 """
+# Prints how many operations a second a product of two square matrices reaches: the best of five, after two to warm up.
+MATRIX_RATE = """
+import sys, time, torch
+cuda = torch.cuda.is_available()
+n, times = (8192, 20) if cuda else (2048, 2)
+a, b = (torch.randn(n, n, device="cuda" if cuda else "cpu").to(getattr(torch, sys.argv[1])) for _ in range(2))
+torch.backends.cuda.matmul.allow_tf32 = True
+best = 0.0
+for turn in range(7):
+    begun = time.perf_counter()
+    for _ in range(times):
+        a @ b
+    if cuda:
+        torch.cuda.synchronize()
+    best = max(best, 2 * n**3 * times / (time.perf_counter() - begun) if turn > 1 else 0.0)
+print(best)
+"""
 NOT_EQUAL = {
     "both": (
         "The order of the examples; in each epoch each sees every row once, none of which has to be cut.",
@@ -62,6 +79,7 @@ NOT_EQUAL = {
     "sft": (
         "TRL's loss is a mean over tokens, upstream's a sum over each response: gradients, and their clipping, differ.",
     ),
+    "bf16": ("Upstream's weights are bfloat16, which loses small updates; those of the others stay float32.",),
     "dpo": ("TRL reads the weights from the model's folder, the others also from policy.pt: time to the first step.",),
 }
 
@@ -87,6 +105,7 @@ class Task:
     folder: Path
     data: Path
     epochs: int
+    bf16: bool
 
     @property
     def settings(self) -> list[str]:
@@ -97,7 +116,7 @@ class Task:
             "do_first_eval=false",
             f"eval_every={self.stage.batch * 1_000_000}",
             "minimum_log_interval_secs=0",
-            "model.reference_dtype=float32",
+            *([] if self.bf16 else ["model.reference_dtype=float32"]),
         ]
 
 
@@ -117,6 +136,7 @@ def upstream_command(clone: Path, task: Task, folder: Path) -> list[str]:
     (folder / "run").mkdir()
     of_stage = ["loss=sft"] if stage.name == "sft" else ["loss=dpo", "loss.beta=0.1"]
     archive = [] if stage.name == "sft" else [f"model.archive={task.folder / 'policy.pt'}"]
+    dtypes = ["model.policy_dtype=bfloat16", "model.reference_dtype=bfloat16"] if task.bf16 else []
     return [
         *(sys.executable, str(clone / "train.py"), "model=blank_model", f"model.name_or_path={task.folder / 'model'}"),
         *("model.block_name=LlamaDecoderLayer", "datasets=[saferlhf]", "max_length=512", "max_prompt_length=256"),
@@ -125,6 +145,7 @@ def upstream_command(clone: Path, task: Task, folder: Path) -> list[str]:
         *("trainer=BasicTrainer", "exp_name=upstream", f"local_run_dir={folder / 'run'}"),
         *of_stage,
         *archive,
+        *dtypes,
         *task.settings,
     ]
 
@@ -135,7 +156,7 @@ def ambersafe_command(clone: Path, overrides: Sequence[str], task: Task, folder:
     return [
         *(*AMBERSAFE, task.stage.name, "--recipe", "ambersafe", "--plain", "--trainer", "BasicTrainer"),
         *("--model", str(task.folder / "model"), "--data", str(task.data), "--dir", str(clone)),
-        *("--epochs", str(task.epochs), *archive),
+        *("--epochs", str(task.epochs), *archive, *(["--bf16"] if task.bf16 else [])),
         *(*task.settings, "do_final_eval=false", *overrides),
     ]
 
@@ -149,7 +170,7 @@ def trl_command(python: Path, settings: Mapping[str, Any], task: Task, folder: P
         "microbatches": task.stage.microbatches,
         "lr": task.stage.lr,
         "epochs": task.epochs,
-        "settings": settings,
+        "settings": {"bf16": task.bf16, **settings},
     }
     return [str(python), str(HERE / "bench_trl.py"), json.dumps(request)]
 
@@ -174,6 +195,12 @@ def probe(python: Path | str) -> tuple[float, str, str]:
     printed = subprocess.run([python, "-c", PROBE], check=True, capture_output=True, text=True).stdout
     kilobytes, device, versions = json.loads(printed.splitlines()[-1])
     return kilobytes / 1024, device, versions
+
+
+def matrix_rate(dtype: str) -> float:
+    """Operations a second of a product of matrices of this type, on the GPU if there is one."""
+    command = [sys.executable, "-c", MATRIX_RATE, dtype]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def make_variants(given: argparse.Namespace, clone: Path) -> tuple[list[Variant], str]:
@@ -216,7 +243,7 @@ def make_task(given: argparse.Namespace, folder: Path, name: str, examples: int,
     """Write the rows, and return the task with the mean length of its examples in tokens."""
     rows = bench_data.write_data(folder / name, examples, bench_data.SHAPES[given.size])
     tokens = [row.sft_tokens if given.stage == "sft" else row.dpo_tokens for row in rows]
-    return Task(STAGES[given.stage], folder, folder / name, epochs), statistics.mean(tokens)
+    return Task(STAGES[given.stage], folder, folder / name, epochs, given.bf16), statistics.mean(tokens)
 
 
 def choose_steps(given: argparse.Namespace, baseline: Variant, folder: Path) -> int:
@@ -301,6 +328,8 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=60, help="of a run of the first variant, without --steps")
     parser.add_argument("--epochs", type=int, help="train so many times on --examples rows")
     parser.add_argument("--examples", type=int, default=320, help="with --epochs; cut to whole batches")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16: each in the way that it has")
+    parser.add_argument("--utilisation", action="store_true", help="the share of what a product of matrices reaches")
     parser.add_argument("--clone", type=Path, help="what `ambersafe setup --dir` made, or will make here")
     parser.add_argument("--show-losses", action="store_true")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -335,6 +364,12 @@ def benchmark(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     what = f"{stage.name}, {given.size}, {examples} examples x {epochs}, {stage.batch} a step in {stage.microbatches}"
     print(f"{what}, {tokens:.1f} tokens an example; {given.repeat} times", flush=True)
 
+    rate, operations = 0.0, 0.0
+    if given.utilisation:
+        rate = matrix_rate("bfloat16" if given.bf16 else "float32")
+        length = tokens if stage.name == "sft" else tokens / 2
+        operations = bench_data.SHAPES[given.size].operations(tokens, length)
+        print(f"a product of matrices: {rate / 1e12:.2f} TFLOP/s; an example: {operations / 1e12:.3f} TFLOP")
     runs: dict[str, list[dict[str, float]]] = {variant.name: [] for variant in variants}
     printed: dict[str, list[bench_runs.Step]] = {}
     for number in range(given.repeat):
@@ -344,12 +379,16 @@ def benchmark(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
             made = bench_runs.steps(one.lines)
             if len(made) * stage.batch != examples * epochs:
                 raise SystemExit(f"error: {variant.name} made {len(made)} steps of {examples * epochs // stage.batch}")
-            runs[variant.name].append(bench_runs.figures(one, tokens, variant.imports))
+            found = bench_runs.figures(one, tokens, variant.imports)
+            if rate:
+                found["% of matrix rate"] = 100 * found["examples/s"] * operations / rate
+            runs[variant.name].append(found)
             printed[variant.name] = made
     print(f"\n{table(runs)}")
     if given.show_losses:
         print(f"\n{losses({variant.name: printed[variant.name] for variant in variants if variant.name != 'trl'})}")
     not_equal = [*NOT_EQUAL["both"], *NOT_EQUAL[stage.name]] if "trl" in runs else []
+    not_equal += NOT_EQUAL["bf16"] if given.bf16 else []
     if not_equal:
         print("\nWhat could not be made equal:\n" + "\n".join(f"- {text}" for text in not_equal))
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()}

@@ -63,6 +63,7 @@ def main(request: dict[str, Any]) -> None:
         "warmup_steps": 150,
         "max_grad_norm": 10.0,
         "bf16": False,
+        "use_cpu": not torch.cuda.is_available(),
         "fp16": False,
         "gradient_checkpointing": False,
         "eval_strategy": "no",

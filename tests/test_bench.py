@@ -146,3 +146,15 @@ def test_bench_lists_what_it_runs_and_refuses_other_names() -> None:
     assert "no benchmark 'nothing'" in refused.stderr
     passed_on = subprocess.run([sys.executable, bench, "log", "--help"], capture_output=True, text=True, check=True)
     assert "--lines" in passed_on.stdout
+
+
+def test_shapes_have_as_many_parameters_as_the_models_made_of_them() -> None:
+    """As `model.parameters()` counts those that were built."""
+    assert {name: bench_data.SHAPES[name].parameters for name in ("7M", "60M")} == {"7M": 7_358_720, "60M": 58_073_600}
+    assert bench_data.SHAPES["6.7B"].parameters == pytest.approx(6.74e9, rel=1e-3), "AmberChat's"
+
+
+def test_operations_are_six_a_parameter_and_token_and_those_of_attention() -> None:
+    shape = bench_data.Shape(hidden=8, layers=2, heads=2, ffn=16, vocabulary=100)
+    assert shape.operations(tokens=10, length=0) == 10 * 6 * (shape.parameters - 800)
+    assert shape.operations(tokens=10, length=5) - shape.operations(tokens=10, length=0) == 10 * 6 * 2 * 8 * 5
