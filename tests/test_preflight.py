@@ -420,3 +420,15 @@ def test_the_plan_counts_the_checkpoints_that_will_be_there_at_once(
     data = write(tmp_path / "rows", rows(64), rows(48))
     done = check("sft", "--data", data, "eval_every=320", *given)
     assert f"= {checkpoints} checkpoints" in done.stdout
+
+
+def test_a_key_that_upstream_has_not_is_an_error_and_the_one_that_is_meant_is_named(
+    check: Check, tmp_path: Path
+) -> None:
+    data = write(tmp_path / "rows", rows(64), rows(48))
+    done = check("sft", "--data", data, "n_epoch=1", "loss.betta=2", "wandb.entity=me", "+mine=1", "model.archive=null")
+    assert done.returncode == 76
+    found = " ".join(done.stderr.split())
+    assert "no key n_epoch. Is it n_epochs?" in found
+    assert "no key loss.betta" in found
+    assert found.count("has no key") == 2

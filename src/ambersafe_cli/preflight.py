@@ -1,5 +1,6 @@
 """Everything that can be known before a model is loaded: findings, all at once, and the plan of what a run will do."""
 
+import difflib
 import json
 import netrc
 import os
@@ -58,7 +59,7 @@ class Subject:
 def check(subject: Subject) -> Report:
     """Look at everything, and return what was found. Raises CloneError if upstream's config cannot be read."""
     config = effective_config(subject)
-    findings = [*_of_clone(subject), *_of_environment(subject), *_of_types(config)]
+    findings = [*_of_clone(subject), *_of_environment(subject), *_of_keys(subject), *_of_types(config)]
     if any(finding.level == "error" for finding in findings):
         return Report(tuple(findings), None)  # what follows reckons with these
     findings += [*_of_settings(subject, config), *of_speed(subject.stage, config, subject.environment)]
@@ -90,14 +91,18 @@ def check(subject: Subject) -> Report:
 
 def effective_config(subject: Subject) -> dict[str, Any]:
     """Upstream's own config of the clone, with what the stage sets over it; keys with dots, as recipes have them."""
+    config = _upstreams_config(subject) | dict(subject.stage.values)
+    config |= {override.key: override.value for override in subject.stage.overrides}
+    return config
+
+
+def _upstreams_config(subject: Subject) -> dict[str, Any]:
     folder = subject.clone.folder / "config"
     config: dict[str, Any] = dict(_read_mapping(folder / "config.yaml"))
     for group in ("model", "loss"):
         name = subject.stage.get(group)
         values = _read_mapping(folder / group / f"{name}.yaml") if name else {}
         config |= {f"{group}.{key}": value for key, value in values.items()}
-    config |= dict(subject.stage.values)
-    config |= {override.key: override.value for override in subject.stage.overrides}
     return config
 
 
@@ -135,6 +140,23 @@ def _of_environment(subject: Subject) -> Iterator[Finding]:
     missing = subject.environment.missing
     if missing:
         yield Finding("error", f"{subject.environment.python} lacks {', '.join(missing)}.", INSTALL_HINT)
+
+
+def _of_keys(subject: Subject) -> Iterator[Finding]:
+    """A key that upstream's config does not have: Hydra refuses it, once the run's folder is made."""
+    config = _upstreams_config(subject)
+    known = {key for key in config if key != "defaults"} | {"model", "loss"}
+    known |= {f"{key}.{inner}" for key, value in config.items() if isinstance(value, dict) for inner in value}
+    for override in subject.stage.overrides:
+        if override.key in known or override.key.partition(".")[0] == "hydra" or override.text.startswith(("+", "~")):
+            continue
+        close = difflib.get_close_matches(override.key, sorted(known), n=1)
+        mend = f"Is it {close[0]}? " if close else ""
+        yield Finding(
+            "error",
+            f"Upstream's config has no key {override.key}.",
+            f"{mend}+{override.text} would add it to the config.",
+        )
 
 
 def _of_types(config: Mapping[str, Any]) -> Iterator[Finding]:
