@@ -426,7 +426,17 @@ def test_a_key_that_upstream_has_not_is_an_error_and_the_one_that_is_meant_is_na
     check: Check, tmp_path: Path
 ) -> None:
     data = write(tmp_path / "rows", rows(64), rows(48))
-    done = check("sft", "--data", data, "n_epoch=1", "loss.betta=2", "wandb.entity=me", "+mine=1", "model.archive=null")
+    done = check(
+        "sft",
+        "--data",
+        data,
+        "n_epoch=1",
+        "loss.betta=2",
+        "wandb.entity=me",
+        "+mine=1",
+        "model.archive=null",
+        "hydra/job_logging=none",
+    )
     assert done.returncode == 76
     found = " ".join(done.stderr.split())
     assert "no key n_epoch. Is it n_epochs?" in found

@@ -4,6 +4,7 @@ import difflib
 import json
 import netrc
 import os
+import re
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -148,7 +149,10 @@ def _of_keys(subject: Subject) -> Iterator[Finding]:
     known = {key for key in config if key != "defaults"} | {"model", "loss"}
     known |= {f"{key}.{inner}" for key, value in config.items() if isinstance(value, dict) for inner in value}
     for override in subject.stage.overrides:
-        if override.key in known or override.key.partition(".")[0] == "hydra" or override.text.startswith(("+", "~")):
+        is_hydras = (
+            re.match(r"hydra\b", override.key) or "@" in override.key
+        )  # its own settings, and where a group goes
+        if override.key in known or is_hydras or override.text.startswith(("+", "~")):
             continue
         close = difflib.get_close_matches(override.key, sorted(known), n=1)
         mend = f"Is it {close[0]}? " if close else ""
