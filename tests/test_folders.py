@@ -139,3 +139,13 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
         fill(tmp_path / "file" / "f")
     with pytest.raises(UsageError, match="is a file"):
         folders.require_free(tmp_path / "file", force=True)
+
+
+def test_a_repository_or_a_run_further_down_is_not_replaced_either(tmp_path: Path) -> None:
+    for number, name in enumerate((".git", "run.json", "config.yaml")):
+        held = tmp_path / str(number) / "other" / "deeper" / name
+        held.parent.mkdir(parents=True)
+        held.write_text("mine")
+        with pytest.raises(UsageError, match=r"which --force does not replace"):
+            folders.require_free(tmp_path / str(number), force=True)
+        assert held.read_text() == "mine"

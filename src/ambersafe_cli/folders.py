@@ -12,7 +12,7 @@ from ambersafe_cli.errors import ExportError, UsageError
 
 _NEW, _OLD, _LOCK = "ambersafe-new", "ambersafe-old", "ambersafe-lock"
 _NOT_OURS = (".git", "run.json", "config.yaml")
-"""What a folder holds that is never replaced: a repository, or a run."""
+"""What a folder holds, at any depth, that is never replaced: a repository, or a run."""
 
 
 def require_free(folder: Path, force: bool, needed: tuple[Path, ...] = ()) -> None:
@@ -32,7 +32,7 @@ def require_free(folder: Path, force: bool, needed: tuple[Path, ...] = ()) -> No
         )
     home = Path("~").expanduser()
     held = next((path for path in (home, *needed) if path.resolve().is_relative_to(folder)), None)
-    held = held or next((folder / name for name in _NOT_OURS if (folder / name).exists()), None)
+    held = held or next((path for path in folder.rglob("*") if path.name in _NOT_OURS), None)
     if held:
         raise UsageError(f"{folder} holds {held}, which --force does not replace.", "--out takes another folder.")
 
