@@ -377,6 +377,27 @@ def test_evaluate_equals_upstreams_last_evaluation_to_four_digits(ours: Path, tm
     assert sft["reference"]["label"] == "base"
 
 
+def test_a_checkpoint_with_a_flipped_byte_is_refused_by_whatever_reads_it(
+    ours: Path, patched: Path, model: Path, rows: Path, tmp_path: Path
+) -> None:
+    """Torch would read it without a word."""
+    content = bytearray((only_run(ours, "sft") / "LATEST" / "policy.pt").read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    flipped = tmp_path / "flipped.pt"
+    flipped.write_bytes(content)
+    assert load_checkpoint(flipped)
+    given = ("--dir", patched, "--model", model)
+    for command in (
+        ("dpo", "--data", rows, "--recipe", "tiny", "--archive", flipped, *given),
+        ("evaluate", flipped, "--data", rows, *given),
+        ("sample", flipped, *given),
+    ):
+        done = run_ambersafe(*command, cwd=tmp_path)
+        assert done.returncode in (66, 76), done.stderr
+        assert "a byte of it is not what was written" in " ".join(done.stderr.split())
+    assert not (tmp_path / ".cache").exists()
+
+
 def test_sample_shows_each_step_of_a_run(ours: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("How do I use a ladder?\n")
     given = ("--prompts", tmp_path / "prompts.txt", "--max-new-tokens", "4", "--json")

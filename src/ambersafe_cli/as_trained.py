@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ambersafe_cli import by_hand, display, hub, models, recorded, runs, upstream
+from ambersafe_cli import by_hand, display, hub, integrity, models, recorded, runs, upstream
 from ambersafe_cli import recipe as recipes
 from ambersafe_cli.errors import CloneError, HubError, UsageError
 
@@ -166,9 +166,12 @@ def rows(
 
 
 def require_there(every: Sequence[models.Weights], rows: Rows | None) -> None:
-    """Raise HubError for a folder that is not whole, or offline for what is not in the Hugging Face cache."""
+    """Raise HubError for a folder that is not whole, or offline for what is not in the Hugging Face cache, and
+    ArchiveError for a checkpoint that is not as it was written."""
     sources: list[hub.Source] = []
     for weights in every:
+        if weights.checkpoint:
+            integrity.require_whole(weights.checkpoint)
         sources.append(hub.Source("model", weights.model, weights.revision))
         sources.append(hub.Source("tokenizer", weights.tokenizer, weights.tokenizer_revision))
     if rows and rows.datasets == ("saferlhf",):

@@ -109,8 +109,7 @@ def write(weights: models.Weights, checkpoint: Path, folder: Path, request: Requ
     _require_sources(weights)
     shapes = checkpoints.policy_shapes(checkpoint)
     display.say(f"reading {checkpoint}, whether every byte is as it was written …")
-    if damage := integrity.damage(checkpoint):
-        raise ArchiveError(f"{checkpoint}: {damage}.", "Take another checkpoint, or train it again.")
+    integrity.require_whole(checkpoint)
     asked = {
         "checkpoint": str(checkpoint),
         "model": weights.model,

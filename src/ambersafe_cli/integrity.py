@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from ambersafe_cli.errors import ArchiveError
+
 # What the end of an archive says of its directory, in a record of 16 and 32 bits and, always with torch, one of 64.
 _END = struct.Struct("<4s4H2LH")
 _END_64 = struct.Struct("<4sQ2H2L4Q")
@@ -32,6 +34,12 @@ def damage(path: Path) -> str | None:
     except Exception as error:  # what the reader of a zip archive raises for arbitrary bytes is nowhere written down
         return f"it is cut off or damaged ({error or type(error).__name__})"
     return f"a byte of it is not what was written ({bad})" if bad else None
+
+
+def require_whole(path: Path) -> None:
+    """Raise ArchiveError for a checkpoint that is not as it was written."""
+    if found := damage(path):
+        raise ArchiveError(f"{path}: {found}.", "Take another checkpoint, or train it again.")
 
 
 def _require_sound_directory(file: BinaryIO, members: Sequence[zipfile.ZipInfo]) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from ambersafe_cli import checkpoints, data_findings, hub, models
+from ambersafe_cli import checkpoints, data_findings, hub, integrity, models
 from ambersafe_cli.environment import INSTALL_HINT
 from ambersafe_cli.errors import ArchiveError, CloneError
 from ambersafe_cli.findings import Finding
@@ -264,6 +264,7 @@ def _of_archive(stage: "Stage", model: checkpoints.Shapes | None) -> Iterator[Fi
     if not archive:
         return
     shapes = checkpoints.policy_shapes(Path(str(archive)))
+    integrity.require_whole(Path(str(archive)))
     wrong = checkpoints.differences(shapes, model) if model else []
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
