@@ -18,7 +18,7 @@ from types import FrameType
 from typing import IO
 
 from ambersafe_cli.errors import RunFolderError
-from ambersafe_cli.launch import Launch
+from ambersafe_cli.launch import TORCHRUN, Launch
 
 _MARK = "AMBERSAFE_RUN"
 _ENDS_OF_LINES = re.compile(rb"[\r\n]+")
@@ -26,10 +26,11 @@ _ENDS_OF_LINES = re.compile(rb"[\r\n]+")
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the child ended: its exit status (128 and the signal's number if a signal ended it or us)."""
+    """How the child ended: its exit status (128 and the signal's number if a signal ended it), and the signal that we
+    passed on to it, if there was one."""
 
     exit_status: int
-    interrupted: bool
+    signal: int | None
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,16 @@ class Watcher:
 
     `on_line` gets each line of its output, or state of a progress bar, without its end, and whether it is of stdout; it
     is never called twice at a time. `on_signal` is called when the first signal has been passed on. `is_stop_asked`
-    is called every second, and counts as a SIGTERM when it says so. `passes_on`: whether our own standard streams get
-    what the child prints.
+    is called every second, and counts as a SIGTERM when it says so. `is_given_up` is called every second with the
+    seconds for which torchrun has had no process that trains, and has all that is left killed when it says so.
+    `passes_on`: whether our own standard streams get what the child prints.
     """
 
     on_line: Callable[[str, bool], object]
     on_signal: Callable[[], None]
     is_stop_asked: Callable[[], bool]
     passes_on: bool = True
+    is_given_up: Callable[[float], bool] = lambda seconds: False
 
 
 def run(launch: Launch, log: Path, watcher: Watcher) -> Outcome:
@@ -88,15 +91,13 @@ def run(launch: Launch, log: Path, watcher: Watcher) -> Outcome:
         for pump in pumps:
             pump.start()
         try:
-            _wait(child, received, lambda: _pass_on(child, mark, received[0], watcher.on_signal), watcher.is_stop_asked)
+            _wait(child, received, mark, watcher)
         finally:
             _kill_all(child, mark)
         for pump in pumps:
             pump.join(timeout=5)
     status = child.returncode
-    if received and status != 0:  # else it came to its end all the same
-        return Outcome(128 + received[0], interrupted=True)
-    return Outcome(status if status >= 0 else 128 - status, interrupted=False)
+    return Outcome(status if status >= 0 else 128 - status, received[0] if received else None)
 
 
 def end_with_parent(parent: int) -> None:
@@ -128,35 +129,42 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _wait(
-    child: "subprocess.Popen[bytes]",
-    received: list[int],
-    pass_on: Callable[[], None],
-    is_stop_asked: Callable[[], bool],
-) -> None:
+def _wait(child: "subprocess.Popen[bytes]", received: list[int], mark: str, watcher: Watcher) -> None:
     """Wait for the child; pass the first signal on, and after a second one leave it to be killed.
 
     There is no time limit in between: a checkpoint of tens of gigabytes is being saved, and who must have it quicker,
     a user or a scheduler, sends another signal.
     """
     was_passed_on = False
-    asked_at = time.monotonic()
+    asked_at = trained_at = time.monotonic()
     while child.poll() is None and len(received) < 2:
         if time.monotonic() - asked_at > 1:
             asked_at = time.monotonic()
-            received += [signal.SIGTERM] if is_stop_asked() else []
+            received += [signal.SIGTERM] if watcher.is_stop_asked() else []
+            if not _is_torchrun(child) or _workers(child, mark):
+                trained_at = asked_at
+            elif watcher.is_given_up(asked_at - trained_at):
+                return
         if received and not was_passed_on:
-            pass_on()
+            _pass_on(child, mark, received[0], watcher.on_signal)
             was_passed_on = True
         time.sleep(0.05)
+
+
+def _is_torchrun(child: "subprocess.Popen[bytes]") -> bool:
+    return TORCHRUN in child.args  # type: ignore[operator]
+
+
+def _workers(child: "subprocess.Popen[bytes]", mark: str) -> list[int]:
+    """The processes that torchrun has started."""
+    return [pid for pid in _marked(mark) if _parent(pid) == child.pid]
 
 
 def _pass_on(child: "subprocess.Popen[bytes]", mark: str, number: int, on_signal: Callable[[], None]) -> None:
     """Send a signal to the processes that train: torchrun itself would only kill them."""
     number = number if number == signal.SIGINT else signal.SIGTERM
-    workers = [pid for pid in _marked(mark) if _parent(pid) == child.pid]
-    is_torchrun = "torch.distributed.run" in child.args  # type: ignore[operator]
-    for pid in workers if is_torchrun and workers else [child.pid]:
+    workers = _workers(child, mark) if _is_torchrun(child) else []
+    for pid in workers or [child.pid]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
     on_signal()

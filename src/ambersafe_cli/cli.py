@@ -80,6 +80,20 @@ Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="Write event fi
 Nproc = Annotated[
     int | None, typer.Option(min=1, help="Processes, each on a GPU of its own or on the CPU.", show_default="one a GPU")
 ]
+Nnodes = Annotated[int | None, typer.Option(min=1, help="Machines; start the command on each.", show_default="1")]
+NodeRank = Annotated[int | None, typer.Option(min=0, help="The number of this machine; 0 has log and checkpoints.")]
+Rendezvous = Annotated[str | None, typer.Option(help="HOST:PORT of machine 0, where all of them meet.")]
+MaxRestarts = Annotated[
+    int, typer.Option(min=0, help="How often to start again, from the newest checkpoint, when a process has died.")
+]
+RdzvTimeout = Annotated[int, typer.Option(min=1, help="Seconds for which machines wait for one another.")]
+Slurm = Annotated[bool, typer.Option("--slurm", help="Queue the run in Slurm; --dry-run prints the batch script.")]
+Nodes = Annotated[int | None, typer.Option(min=1, help="Machines that Slurm is asked for.", show_default="1")]
+GpusPerNode = Annotated[int | None, typer.Option(min=1, help="GPUs on each of them, each with a process.")]
+Partition = Annotated[str | None, typer.Option(help="Slurm's partition.")]
+Time = Annotated[str | None, typer.Option(help="Slurm's time limit; near it the run saves, and is queued again.")]
+Account = Annotated[str | None, typer.Option(help="Slurm's account.")]
+Sbatch = Annotated[list[str] | None, typer.Option(help="Another option of sbatch, such as --sbatch=--qos=high.")]
 Keep = Annotated[
     str | None, typer.Option(help="How many of the newest step-N to keep, or all.", show_default="the recipe's, 2")
 ]
@@ -192,6 +206,18 @@ def sft(
     wandb: Wandb = None,
     tensorboard: Tensorboard = False,
     nproc: Nproc = None,
+    nnodes: Nnodes = None,
+    node_rank: NodeRank = None,
+    rdzv_endpoint: Rendezvous = None,
+    max_restarts: MaxRestarts = 0,
+    rdzv_timeout: RdzvTimeout = 600,
+    slurm: Slurm = False,
+    nodes: Nodes = None,
+    gpus_per_node: GpusPerNode = None,
+    partition: Partition = None,
+    time: Time = None,
+    account: Account = None,
+    sbatch: Sbatch = None,
     keep: Keep = None,
     keep_best: KeepBest = None,
     save_every: SaveEvery = None,
@@ -243,6 +269,18 @@ def dpo(
     wandb: Wandb = None,
     tensorboard: Tensorboard = False,
     nproc: Nproc = None,
+    nnodes: Nnodes = None,
+    node_rank: NodeRank = None,
+    rdzv_endpoint: Rendezvous = None,
+    max_restarts: MaxRestarts = 0,
+    rdzv_timeout: RdzvTimeout = 600,
+    slurm: Slurm = False,
+    nodes: Nodes = None,
+    gpus_per_node: GpusPerNode = None,
+    partition: Partition = None,
+    time: Time = None,
+    account: Account = None,
+    sbatch: Sbatch = None,
     keep: Keep = None,
     keep_best: KeepBest = None,
     save_every: SaveEvery = None,
@@ -262,6 +300,15 @@ def dpo(
 @app.command()
 def resume(
     run: Run = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Another number of processes a machine.", show_default="as before")
+    ] = None,
+    nnodes: Annotated[
+        int | None, typer.Option(min=1, help="Another number of machines.", show_default="as before")
+    ] = None,
+    node_rank: NodeRank = None,
+    rdzv_endpoint: Rendezvous = None,
+    max_restarts: Annotated[int | None, typer.Option(min=0, help="As in sft.", show_default="as before")] = None,
     python: Annotated[str | None, typer.Option(help="Another interpreter to run train.py.")] = None,
     allow_modified: AllowChanged = False,
     detach: Detach = False,
@@ -270,7 +317,8 @@ def resume(
     """Go on with a run that was stopped or killed, from its newest checkpoint."""
     from ambersafe_cli import attempts
 
-    return attempts.resume(run, python, allow_modified, detach, plain)
+    ranks = attempts.Ranks(nproc, nnodes, node_rank, rdzv_endpoint, max_restarts)
+    return attempts.resume(run, python, allow_modified, detach, plain, ranks)
 
 
 @app.command()

@@ -33,7 +33,7 @@ def run(clone: Path, url: str | None, python: str, plain: bool) -> int:
         display.say(f"--- {stage} of a tiny Llama ---")
         flags = recipe.Flags(values={"model.name_or_path": str(model)}, data=str(DATA))
         archive = runs.checkpoint(run_folders["sft"]) if stage == "dpo" else None
-        prepared = stages.prepare(stages.Request(stage, "tiny", flags, (), clone, python, None, archive))
+        prepared = stages.prepare(stages.Request(stage, "tiny", flags, (), clone, python, None, archive=archive))
         if status := stages.start(prepared, plain=plain):
             return status
         run_folders[stage] = prepared.launch.run_folder

@@ -121,3 +121,17 @@ class ExportError(AmberSafeError):
 
     exit_status = 79
     kind = "an exported folder cannot be written or uploaded"
+
+
+class MachinesError(AmberSafeError):
+    """Machines that do not find one another, are not alike, or have lost one of them."""
+
+    exit_status = 80
+    kind = "machines do not find one another, are not alike, or have lost one"
+
+
+class SlurmError(AmberSafeError):
+    """Slurm is missing, or did not take a job."""
+
+    exit_status = 81
+    kind = "Slurm is missing, or did not take a job"

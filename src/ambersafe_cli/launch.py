@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ambersafe_cli import machines
 from ambersafe_cli.environment import TrainingEnvironment
 from ambersafe_cli.errors import UsageError
+from ambersafe_cli.machines import ALONE, Machines
 from ambersafe_cli.overrides import assign
 from ambersafe_cli.recipe import Stage
 from ambersafe_cli.runs import user_name
@@ -16,12 +18,14 @@ if TYPE_CHECKING:
     from ambersafe_cli.upstream import CloneState
 
 TORCHRUN_PATCH = "Join the process group that torchrun made"
+RESTART_PATCH = "Go on from the newest checkpoint when torchrun starts again"
+MACHINES_PATCH = "Compare the machines, and end when a rank is gone"
 
 
 @dataclass(frozen=True)
 class Launch:
     """A command that is ready to start: its run's folder, the clone whose train.py it runs, its arguments, what it adds
-    to the environment, and how many processes it will train in.
+    to the environment, and how many processes it will train in, on all machines together.
 
     `notes` say what was changed to suit the machine or the clone.
     """
@@ -32,6 +36,7 @@ class Launch:
     environment: Mapping[str, str]
     processes: int
     notes: tuple[str, ...]
+    machines: Machines = ALONE
 
     def as_shell(self) -> str:
         """The same as one line for a shell."""
@@ -40,15 +45,30 @@ class Launch:
 
 
 def plan(
-    stage: Stage, clone: "CloneState", environment: TrainingEnvironment, run_folder: Path, processes: int | None
+    stage: Stage,
+    clone: "CloneState",
+    environment: TrainingEnvironment,
+    run_folder: Path,
+    processes: int | None,
+    of: Machines,
 ) -> tuple[Stage, Launch]:
-    """Fit a stage to the clone and the machine, and write its command. Raises UsageError for what cannot be had."""
+    """Fit a stage to the clone and the machines, and write its command; `processes` are those of each machine.
+
+    Raises UsageError for what cannot be had, MachinesError.
+    """
     notes: list[str] = []
-    can_torchrun = any(p.patch.subject == TORCHRUN_PATCH and p.state != "missing" for p in clone.patches)
-    if processes is not None and not can_torchrun:
-        raise UsageError(
-            "--nproc needs the patch that lets train.py join torchrun's processes.", "Apply it: `ambersafe setup`."
-        )
+    applied = {p.patch.subject for p in clone.patches if p.state != "missing"}
+    can_torchrun = TORCHRUN_PATCH in applied
+    for flag, is_given, subject in (
+        ("--nproc", processes is not None, TORCHRUN_PATCH),
+        ("--max-restarts", of.restarts > 0, RESTART_PATCH),
+        ("--nnodes", of.count > 1, MACHINES_PATCH),
+    ):
+        if is_given and subject not in applied:
+            raise UsageError(f"{flag} needs the patch {subject!r}.", "Apply it: `ambersafe setup`.")
+    if processes is None and not environment.gpus and (of.count > 1 or of.restarts):
+        flag = "--nnodes" if of.count > 1 else "--max-restarts"
+        raise UsageError(f"{flag} needs --nproc where there is no GPU.", "--nproc 1 trains in one process a machine.")
     if processes is not None and environment.gpus and processes > len(environment.gpus):
         raise UsageError(f"--nproc {processes} needs as many GPUs, and there are {len(environment.gpus)}.")
     if processes is None and "FSDP" in stage.trainer:
@@ -77,21 +97,33 @@ def plan(
         notes.append(f"{key} is left away: the patch that adds it is not in {clone.folder}.")
     stage = stage.without(unknown)
 
-    # -P: or a file in the working folder that is called like a module is taken for it.
-    version = tuple(int(part) for part in environment.python_version.split(".")[:2])
-    torchrun = [
-        *(["-P"] if version >= (3, 11) else []),
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(processes),
-    ]
-    argv = [environment.python, *(torchrun if can_torchrun and "FSDP" in stage.trainer else []), str(clone.train_py)]
-    argv += [assign(key, value) for key, value in stage.values.items()]
+    argv = [assign(key, value) for key, value in stage.values.items()]
     argv += [assign("local_run_dir", str(run_folder)), assign("hydra.run.dir", str(run_folder / "hydra"))]
-    argv += [override.text for override in stage.overrides if override.key != "local_run_dir"]
     settings = {"SAFERLHF_DATASET": stage.data, "SAFERLHF_REVISION": stage.data_revision or "", "PYTHONUNBUFFERED": "1"}
+    start = [environment.python]
+    if can_torchrun and "FSDP" in stage.trainer:
+        start += torchrun(environment.python_version, of, processes or 1)
+        settings |= machines.settings(of)
+        if RESTART_PATCH in applied and not any(o.key == "resume" for o in stage.overrides):
+            argv.append(assign("resume", NEWEST))
+    argv += [override.text for override in stage.overrides if override.key != "local_run_dir"]
     if user_name().startswith("uid-"):
         settings["LOGNAME"] = user_name()  # upstream's getpass.getuser() would raise KeyError
-    return stage, Launch(run_folder, clone.folder, tuple(argv), settings, processes or 1, tuple(notes))
+    words = (*start, str(clone.train_py), *argv)
+    world = (processes or 1) * of.count
+    return stage, Launch(run_folder, clone.folder, words, settings, world, tuple(notes), of)
+
+
+NEWEST = "newest"
+"""What `resume` is for train.py where torchrun starts it: it looks for the newest checkpoint itself, each time."""
+
+
+def torchrun(python_version: str, of: Machines, processes: int) -> list[str]:
+    """The words between the interpreter and train.py. Raises MachinesError."""
+    # -P: or a file in the working folder that is called like a module is taken for it.
+    version = tuple(int(part) for part in python_version.split(".")[:2])
+    is_safe = ["-P"] if version >= (3, 11) else []
+    return [*is_safe, "-m", TORCHRUN, *machines.torchrun_words(of, processes)]
+
+
+TORCHRUN = "torch.distributed.run"

@@ -44,7 +44,8 @@ class Report:
 class Subject:
     """What preflight looks at: a stage fitted to clone and machine, and how many processes will train it.
 
-    `clone_is_checked`: the clone is that of an older run, whose series need not be today's.
+    `clone_is_checked`: the clone is that of an older run, whose series need not be today's. `archive_to_come`: the
+    archive will be there when the run begins.
     """
 
     stage: "Stage"
@@ -55,6 +56,7 @@ class Subject:
     expected_base: str
     allow_modified: bool
     clone_is_checked: bool = False
+    archive_to_come: bool = False
 
 
 def check(subject: Subject) -> Report:
@@ -72,7 +74,7 @@ def check(subject: Subject) -> Report:
     shapes = None
     try:
         shapes = checkpoints.model_shapes(model) if model and not lacking[sources[0]] else None
-        findings += _of_archive(subject.stage, shapes)
+        findings += [] if subject.archive_to_come else _of_archive(subject.stage, shapes)
     except ArchiveError as error:
         findings.append(Finding("error", error.message, error.hint))
     try:

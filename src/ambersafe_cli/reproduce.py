@@ -10,6 +10,7 @@ from ambersafe_cli import (
     display,
     environment,
     launch,
+    machines,
     metrics,
     patches,
     preflight,
@@ -69,10 +70,11 @@ def _prepare(folder: Path, record: runs.Record, python: str | None, allow_modifi
         data_revision=settings.get("SAFERLHF_REVISION") or None,
     )
     command = [*recorded.command(record, clone, new, python), *pins]
+    of = machines.Machines(**(record.get("machines") or {}))
     known = {field.name for field in fields(recipe.Recipe)}
     return stages.Prepared(
         stage=stage,
-        launch=launch.Launch(new, clone, tuple(command), settings, int(record.get("processes") or 1), ()),
+        launch=launch.Launch(new, clone, tuple(command), settings, int(record.get("processes") or 1), (), of),
         clone=upstream.inspect(clone, patches.read_series()),
         recipe=recipe.Recipe(**{key: value for key, value in record["recipe"].items() if key in known}),
         environment=environment.probe(command[0], ask_torch=True),

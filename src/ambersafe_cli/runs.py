@@ -138,7 +138,7 @@ def is_running(folder: Path) -> bool:
 def require_not_elsewhere(folder: Path) -> None:
     """Raise UsageError if another machine seems to have the run, whose lock was got: not every disk tells of locks."""
     record = read_or_warn(folder)
-    if record and _is_elsewhere(record, folder):
+    if record and _is_elsewhere(record, folder) and not _is_same_job(record):
         raise UsageError(
             f"The run {folder} is still running on {record['attempts'][-1].get('host')}.",
             f"If that machine is gone, try again in {locks.SIGN_OF_LIFE} s.",
@@ -149,6 +149,12 @@ def _is_elsewhere(record: Record | None, folder: Path) -> bool:
     if record is None or record["status"] != "running" or not record["attempts"]:
         return False
     return record["attempts"][-1].get("host") != host() and locks.gave_sign_of_life(folder)
+
+
+def _is_same_job(record: Record) -> bool:
+    """Whether the last attempt was of the Slurm job that this process is of: Slurm ends that before it starts again."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return job is not None and record["attempts"][-1].get("slurm_job") == job
 
 
 @dataclass(frozen=True)

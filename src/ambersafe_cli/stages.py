@@ -3,7 +3,7 @@
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +16,21 @@ from ambersafe_cli import (
     extras,
     launch,
     locks,
+    machines,
     patches,
     plans,
     preflight,
     provenance,
+    queueing,
     runs,
+    slurm,
     tensorboard_files,
     upstream,
 )
 from ambersafe_cli import recipe as recipes
 from ambersafe_cli.errors import ArchiveError, CloneError, PreflightError, UsageError
+from ambersafe_cli.machines import ALONE, Machines
+from ambersafe_cli.slurm import Wish
 
 if TYPE_CHECKING:
     from ambersafe_cli.overrides import Value
@@ -45,7 +50,10 @@ class Request:
     clone: Path
     python: str
     processes: int | None
+    machines: Machines = ALONE
+    slurm: Wish | None = None
     archive: Path | None = None
+    archive_to_come: bool = False
     carried: tuple[str, ...] = ()
     dry_run: bool = False
     preflight: bool = True
@@ -75,6 +83,9 @@ _KEY_OF_FLAG = {
 }
 
 
+_MACHINE_FLAGS = ("nnodes", "node_rank", "rdzv_endpoint", "max_restarts", "rdzv_timeout")
+
+
 def request(stage: recipes.StageName, params: Mapping[str, Any]) -> Request:
     """Read the parameters of the commands `sft` and `dpo`, by their names in cli.py."""
     values: dict[str, Value] = {k: params[flag] for flag, k in _KEY_OF_FLAG.items() if params.get(flag) is not None}
@@ -101,6 +112,8 @@ def request(stage: recipes.StageName, params: Mapping[str, Any]) -> Request:
         clone=params["folder"].absolute(),
         python=params["python"],
         processes=params["nproc"],
+        machines=machines.from_flags(*(params[flag] for flag in _MACHINE_FLAGS)),
+        slurm=slurm.from_flags(params),
         archive=params.get("archive"),
         carried=_carried(params),
         dry_run=params["dry_run"],
@@ -122,14 +135,41 @@ def run(request: Request) -> int:
     """Do what `ambersafe sft` or `ambersafe dpo` was asked for; return the exit status. Raises AmberSafeError."""
     prepared = prepare(request)
     if request.dry_run:
-        _show_notes(prepared)
-        display.write(prepared.launch.as_shell())
+        show(prepared, request)
         return 0
     report = None
+    if request.slurm:
+        slurm.require()
     if request.preflight:
         report = preflight.check(subject(prepared))
         require(report)
+    if request.slurm:
+        queue(prepared, report, request)
+        return 0
     return start(prepared, report, request.detach, request.plain)
+
+
+def queue(prepared: "Prepared", report: preflight.Report | None, request: Request, after: str | None = None) -> str:
+    """Hand a prepared stage to Slurm, to begin when the job `after` has ended well; return its job's id.
+
+    Raises SlurmError, RunFolderError.
+    """
+    assert request.slurm  # noqa: S101, for mypy
+    prepared.environment.require_packages()
+    _show_notes(prepared)
+    launched, name = prepared.launch, str(prepared.stage.get("exp_name"))
+    processes = launched.processes // request.slurm.nodes
+    return queueing.submit(launched.run_folder, _record(prepared, report), name, request.slurm, processes, after)
+
+
+def show(prepared: "Prepared", request: Request) -> None:
+    """What --dry-run shows: the command, or the batch script."""
+    _show_notes(prepared)
+    if request.slurm:
+        name = str(prepared.stage.get("exp_name"))
+        display.write(slurm.script(request.slurm, prepared.launch.run_folder, name).rstrip("\n"))
+    else:
+        display.write(prepared.launch.as_shell())
 
 
 def check(request: Request, as_json: bool) -> None:
@@ -156,6 +196,7 @@ def subject(prepared: "Prepared", clone_is_checked: bool = False) -> preflight.S
         expected_base=upstream.PINNED_COMMIT,
         allow_modified=prepared.allow_modified,
         clone_is_checked=clone_is_checked,
+        archive_to_come=prepared.archive_to_come,
     )
 
 
@@ -180,6 +221,8 @@ def start(
     folder = prepared.launch.run_folder
     runs.make(folder)
     _show_notes(prepared)
+    if prepared.launch.machines.number > 0:
+        return attempts.help_out(prepared.launch, folder / "train.log")
     record = _record(prepared, report)
     if detach:
         begun: dict[str, Any] = {"started": runs.now(), "ended": None, "exit_status": None, "attempts": []}
@@ -203,6 +246,7 @@ class Prepared:
     next_command: list[str]
     allow_modified: bool
     tensorboard: bool = False
+    archive_to_come: bool = False
 
 
 def prepare(request: Request) -> Prepared:
@@ -217,15 +261,25 @@ def prepare(request: Request) -> Prepared:
         raise CloneError(f"{clone.folder} lacks the patch that adds saferlhf.", "Apply it: `ambersafe setup`.")
     sft_run = None
     if request.stage == "dpo":
-        archive, sft_run = _archive(stage, request.archive)
+        archive, sft_run = _archive(stage, request)
         stage = stage.with_values({"model.archive": str(archive)})
     given = stage.get("local_run_dir")
     folder = Path(str(given)).expanduser().absolute() if given else runs.folder_for(str(stage.get("exp_name")))
     child = environment.probe(request.python, ask_torch=not request.dry_run)
-    stage, plan = launch.plan(stage, clone, child, folder, request.processes)
+    if request.machines.number > 0:
+        folder = folder.with_name(f"{folder.name}_machine-{request.machines.number}")
+    processes = request.processes
+    if request.slurm:
+        # The GPUs are those of other machines. What is recorded is one machine with all processes: the job says which.
+        each = processes or request.slurm.gpus_per_node
+        if each is None:
+            raise UsageError("--slurm needs --gpus-per-node, or --nproc where there are no GPUs.")
+        processes = each * request.slurm.nodes
+        child = replace(child, gpus=("a GPU of Slurm",) * processes if request.slurm.gpus_per_node else ())
+    stage, plan = launch.plan(stage, clone, child, folder, processes, request.machines)
     return Prepared(
         stage, plan, clone, chosen, child, sft_run, _next_command(request, plan), request.allow_modified,
-        request.tensorboard,
+        request.tensorboard, request.archive_to_come,
     )  # fmt: skip
 
 
@@ -267,11 +321,13 @@ def _has(clone: upstream.CloneState, subject: str) -> bool:
     return any(p.patch.subject == subject and p.state != "missing" for p in clone.patches)
 
 
-def _archive(stage: recipes.Stage, flag: Path | None) -> tuple[Path, Path | None]:
+def _archive(stage: recipes.Stage, request: Request) -> tuple[Path, Path | None]:
     """The policy.pt that DPO starts from, and the SFT run that it belongs to if that was found here."""
-    given = flag or stage.get("model.archive")
+    given = request.archive or stage.get("model.archive")
     if given:
         path = Path(str(given)).expanduser().absolute()
+        if request.archive_to_come:
+            return path, path.parent.parent
         if path.is_dir():
             path = path / "policy.pt" if (path / "policy.pt").is_file() else runs.checkpoint(path)
         if not path.is_file():
@@ -315,6 +371,7 @@ def _record(prepared: Prepared, report: preflight.Report | None) -> dict[str, An
         "overrides": [override.text for override in stage.overrides],
         "command": list(plan.argv),
         "processes": plan.processes,
+        "machines": asdict(plan.machines),
         "environment": dict(plan.environment),
         "variables": provenance.of_variables(),
         "python": provenance.of_python(prepared.environment),

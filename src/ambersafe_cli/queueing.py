@@ -1,0 +1,37 @@
+"""A run that waits in Slurm: its folder and its record as of a run that has not begun, its script, and its job."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from ambersafe_cli import display, files, runs, slurm
+
+
+def submit(
+    folder: Path, record: runs.Record, name: str, wish: slurm.Wish, processes: int, after: str | None = None
+) -> str:
+    """Make a run's folder, record and script, hand it to Slurm, and return the job's id.
+
+    `processes` are those of each machine, `after` is the job that must have ended well before. Raises SlurmError,
+    RunFolderError.
+    """
+    runs.make(folder)
+    path = folder / "slurm.sh"
+    files.write_lines(path, slurm.script(wish, folder, name).splitlines())
+    job = slurm.submit(path, after)
+    queued: dict[str, Any] = {
+        **record,
+        "started": runs.now(),
+        "ended": None,
+        "exit_status": None,
+        "attempts": [],
+        "status": slurm.QUEUED,
+        "slurm": {"job_id": job, "nodes": wish.nodes, "processes": processes},
+    }
+    runs.write(folder, queued)
+    slurm.release(job)  # only now: the job needs the record
+    shown = shlex.quote(folder.name)
+    display.say(f"run folder: {folder}")
+    display.say(f"{record['stage']} is Slurm's job {job}{f', after job {after}' if after else ''}: {path}")
+    display.say(f"ambersafe watch {shown} follows it, ambersafe stop {shown} stops it")
+    return job
