@@ -34,6 +34,7 @@ _TRIES = {
     "kill -9 of setup": (6, 45),
     "file of the clone cut, flipped or deleted": (8, 60),
     "two resumes at once": (1, 8),
+    "kill -9 of a rank": (4, 20),
     "several sft at once": (1, 4),
     "several sft in one folder at once": (1, 4),
     "several setups at once": (1, 5),

@@ -72,5 +72,10 @@ def made(count: int) -> Iterator[list[Host]]:
             _ip("link", "delete", bridge)
 
 
+def processes(host: Host) -> list[int]:
+    """What runs on a host."""
+    return [int(pid) for pid in _ip("netns", "pids", host.prefix[3]).split()]
+
+
 def _ip(*arguments: str) -> str:
     return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout

@@ -51,7 +51,7 @@ def test_a_detached_run_outlives_its_terminal_and_stop_ends_it(
     assert stopped.returncode == 0, stopped.stderr
     assert not runs.is_running(run)
     record = json.loads((run / "run.json").read_text())
-    assert (record["status"], record["exit_status"]) == ("interrupted", 143)
+    assert (record["status"], record["exit_status"]) == ("interrupted", 130)
     worker = int((run / "train.log").read_text().split("started ")[1].split()[0])
     assert not is_running(worker)
     for given in ([], [run.name]):
@@ -99,7 +99,7 @@ def test_stop_saves_a_checkpoint_that_resume_goes_on_from(
     done = run_ambersafe("stop", run.name, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     child.communicate(timeout=60)
-    assert child.returncode == 128 + signal.SIGTERM
+    assert child.returncode == 128 + signal.SIGINT
     assert len(list(run.glob("step-*"))) == 1
     moved = tmp_path / "elsewhere"
     run.rename(moved)
@@ -237,7 +237,7 @@ def test_a_stop_request_while_a_resume_makes_ready_is_heard(
     run = stopped(ambersafe, tmp_path / "work")
     monkeypatch.setattr(recovery, "put_in_order", lambda folder: locks.ask_to_stop(folder))
     monkeypatch.setenv("FAKE", "wait")
-    assert attempts.resume(str(run), None, False, False, plain=False) == 143
+    assert attempts.resume(str(run), None, False, False, plain=False) == 130
     assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
 
 

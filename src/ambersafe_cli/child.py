@@ -39,7 +39,7 @@ class Watcher:
 
     `on_line` gets each line of its output, or state of a progress bar, without its end, and whether it is of stdout; it
     is never called twice at a time. `on_signal` is called when the first signal has been passed on. `is_stop_asked`
-    is called every second, and counts as a SIGTERM when it says so. `is_given_up` is called every second with the
+    is called every second, and counts as a Ctrl-C when it says so. `is_given_up` is called every second with the
     seconds for which torchrun has had no process that trains, and has all that is left killed when it says so.
     `passes_on`: whether our own standard streams get what the child prints.
     """
@@ -72,7 +72,7 @@ def run(launch: Launch, log: Path, watcher: Watcher) -> Outcome:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,  # a Ctrl-C of the terminal reaches us alone, and we pass it on
-            preexec_fn=functools.partial(end_with_parent, os.getpid()),
+            preexec_fn=functools.partial(_begin, os.getpid()),
         )
         assert child.stdout and child.stderr  # noqa: S101, for mypy: both are pipes
         write_log = _line_writer(log_file, watcher.on_line)
@@ -98,6 +98,14 @@ def run(launch: Launch, log: Path, watcher: Watcher) -> Outcome:
             pump.join(timeout=5)
     status = child.returncode
     return Outcome(status if status >= 0 else 128 - status, received[0] if received else None)
+
+
+def _begin(parent: int) -> None:
+    """Called in the child before it becomes torchrun or train.py."""
+    # A scheduler may send these to all processes, and who does not know them dies: they are for us, who pass them on.
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    end_with_parent(parent)
 
 
 def end_with_parent(parent: int) -> None:
@@ -135,19 +143,22 @@ def _wait(child: "subprocess.Popen[bytes]", received: list[int], mark: str, watc
     There is no time limit in between: a checkpoint of tens of gigabytes is being saved, and who must have it quicker,
     a user or a scheduler, sends another signal.
     """
-    was_passed_on = False
+    told: set[int] | None = None
     asked_at = trained_at = time.monotonic()
     while child.poll() is None and len(received) < 2:
         if time.monotonic() - asked_at > 1:
             asked_at = time.monotonic()
-            received += [signal.SIGTERM] if watcher.is_stop_asked() else []
-            if not _is_torchrun(child) or _workers(child, mark):
+            # Not a SIGTERM: after that a Slurm job is queued again, and this is somebody's wish.
+            received += [signal.SIGINT] if watcher.is_stop_asked() else []
+            workers = _workers(child, mark) if _is_torchrun(child) else {child.pid}
+            if workers:
                 trained_at = asked_at
             elif watcher.is_given_up(asked_at - trained_at):
                 return
-        if received and not was_passed_on:
-            _pass_on(child, mark, received[0], watcher.on_signal)
-            was_passed_on = True
+            if told and workers and not workers & told:
+                return  # they were killed by what they were told, not having begun to train, and are started again
+        if received and told is None:
+            told = _pass_on(child, mark, received[0], watcher.on_signal)
         time.sleep(0.05)
 
 
@@ -155,19 +166,20 @@ def _is_torchrun(child: "subprocess.Popen[bytes]") -> bool:
     return TORCHRUN in child.args  # type: ignore[operator]
 
 
-def _workers(child: "subprocess.Popen[bytes]", mark: str) -> list[int]:
+def _workers(child: "subprocess.Popen[bytes]", mark: str) -> set[int]:
     """The processes that torchrun has started."""
-    return [pid for pid in _marked(mark) if _parent(pid) == child.pid]
+    return {pid for pid in _marked(mark) if _parent(pid) == child.pid}
 
 
-def _pass_on(child: "subprocess.Popen[bytes]", mark: str, number: int, on_signal: Callable[[], None]) -> None:
-    """Send a signal to the processes that train: torchrun itself would only kill them."""
+def _pass_on(child: "subprocess.Popen[bytes]", mark: str, number: int, on_signal: Callable[[], None]) -> set[int]:
+    """Send a signal to the processes that train, and return those: torchrun itself would only kill them."""
     number = number if number == signal.SIGINT else signal.SIGTERM
-    workers = _workers(child, mark) if _is_torchrun(child) else []
-    for pid in workers or [child.pid]:
+    told = (_workers(child, mark) if _is_torchrun(child) else set()) or {child.pid}
+    for pid in told:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
     on_signal()
+    return told
 
 
 def _parent(pid: int) -> int | None:

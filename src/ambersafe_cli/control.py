@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from ambersafe_cli import display, locks, runs
+from ambersafe_cli import display, locks, runs, slurm
 from ambersafe_cli.errors import UsageError
 
 
@@ -59,6 +59,8 @@ def stop(name: str | None, now: bool) -> int:
     """
     folder = _the_running_one() if name is None else runs.find(name)
     if not runs.is_running(folder):
+        if _leave_queue(folder):
+            return 0
         raise UsageError(f"{folder} is not running.", "`ambersafe runs` shows which are.")
     display.say("stopping it: a checkpoint is saved when its step has ended" if not now else "stopping it at once")
     for _ in range(2 if now else 1):
@@ -73,6 +75,18 @@ def stop(name: str | None, now: bool) -> int:
     if status != "finished":
         display.say(f"to go on with it: {shlex.join(['ambersafe', 'resume', str(folder)])}")
     return 0
+
+
+def _leave_queue(folder: Path) -> bool:
+    """Take a run out of Slurm's queue; False if it is not in it. Raises SlurmError, RunFolderError."""
+    record = runs.read(folder)
+    job = (record or {}).get("slurm", {}).get("job_id")
+    if not record or not job or record["status"] == "finished" or not slurm.state(job):
+        return False
+    slurm.cancel(job)
+    runs.write(folder, {**record, "status": "interrupted", "ended": record["ended"] or runs.now()})
+    display.say(f"{folder} is taken out of Slurm's queue, where it was job {job}")
+    return True
 
 
 def _the_running_one() -> Path:

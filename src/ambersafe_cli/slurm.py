@@ -15,8 +15,9 @@ from ambersafe_cli.errors import SlurmError, UsageError
 QUEUED = "queued"
 """The status of a run that Slurm has, and that has not begun."""
 
-STOPPED_FOR_REQUEUE = 138
-"""The launcher's exit status after SIGUSR1, the signal that the script has Slurm send before the time limit."""
+AGAIN = (138, 143)
+"""The launcher's exit statuses after SIGUSR1, which the script has Slurm send before the time limit, and SIGTERM, which
+Slurm sends to a job that has to make room. `ambersafe stop` and Ctrl-C make it 130."""
 
 WARNING = 300
 """Seconds before the time limit at which that is sent: a 7B model's checkpoint of 54 GB takes minutes."""
@@ -92,10 +93,11 @@ def script(wish: Wish, run_folder: Path, name: str) -> str:
         f"  {shlex.join([sys.executable, '-P', '-m', 'ambersafe_cli', 'resume', str(run_folder)])}",
         "status=$?",
         "",
-        f"# {STOPPED_FOR_REQUEUE}: SIGUSR1, {WARNING} s before the time limit, had a checkpoint saved. It waits anew.",
-        f'if [ "$status" -eq {STOPPED_FOR_REQUEUE} ]; then',
-        '  scontrol requeue "$SLURM_JOB_ID" && sleep 60  # until it is ended for that',
-        "fi",
+        f"# {AGAIN[0]}: SIGUSR1, {WARNING} s before the time limit; {AGAIN[1]}: SIGTERM, to make room for another job.",
+        "# A checkpoint is saved: the job waits anew.",
+        'case "$status" in',
+        f'  {AGAIN[0]} | {AGAIN[1]}) scontrol requeue "$SLURM_JOB_ID" && sleep 60 ;;  # until Slurm ends it for that',
+        "esac",
         'exit "$status"',
     ]
     return "\n".join(lines) + "\n"

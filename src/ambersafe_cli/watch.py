@@ -5,7 +5,7 @@ import threading
 import time
 from pathlib import Path
 
-from ambersafe_cli import display, following, journal, live, runs
+from ambersafe_cli import display, following, journal, live, runs, slurm
 
 _FOOTER = "Ctrl-C leaves; the run goes on."
 
@@ -16,6 +16,8 @@ def run(name: str | None, plain: bool) -> None:
     Raises UsageError if there is none.
     """
     found = runs.open_run(name)
+    with contextlib.suppress(KeyboardInterrupt):
+        found = _when_it_begins(found)
     if plain or not live.is_possible():
         _copy(found.folder)
         return
@@ -50,6 +52,24 @@ def run(name: str | None, plain: bool) -> None:
         display.find(advice.level, advice.what, advice.mend)
     if state.status == "running":
         display.say("the run goes on")
+
+
+def _when_it_begins(run: runs.Run) -> runs.Run:
+    """Wait as long as Slurm has a run in its queue, and say what it says of it; return the run as it is then."""
+    job = (run.record.get("slurm") or {}).get("job_id")
+    said = None
+    while job and run.status not in ("running", "finished"):
+        state = slurm.state(job)
+        if state is None:
+            if run.status == slurm.QUEUED:
+                display.warn(f"Slurm no longer has job {job}; what it printed is in {run.folder / 'slurm.log'}")
+            break
+        if state != said:
+            display.say(f"Slurm's job {job}: {state}")
+            said = state
+        time.sleep(1)
+        run = runs.look(run.folder) or run
+    return run
 
 
 class Tail:
