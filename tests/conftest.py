@@ -187,6 +187,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if no_upstream := [why for why in skipped if "cannot be reached" in why]:
         terminalreporter.write_sep("!", f"{len(no_upstream)} TESTS AGAINST THE REAL UPSTREAM WERE SKIPPED", red=True)
         terminalreporter.write_line(no_upstream[0])
+    if no_hosts := [why for why in skipped if "no hosts of our own" in why]:
+        terminalreporter.write_sep("!", f"{len(no_hosts)} TESTS WITH SEVERAL MACHINES WERE SKIPPED", red=True)
+        terminalreporter.write_line(no_hosts[0])
+    if no_slurm := [why for why in skipped if "Slurm cannot be started" in why]:
+        terminalreporter.write_sep("!", f"{len(no_slurm)} TESTS WITH A REAL SLURM WERE SKIPPED", red=True)
+        terminalreporter.write_line(f"{no_slurm[0]}; scripts/test --slurm installs it")
     if no_chromium := [why for why in skipped if "no google-chrome" in why]:
         terminalreporter.write_sep("!", f"{len(no_chromium)} TESTS IN A REAL BROWSER WERE SKIPPED", red=True)
         terminalreporter.write_line("There is no chromium and no google-chrome on PATH: `apt-get install chromium`.")

@@ -31,7 +31,10 @@ LONG = (*TINY, "n_epochs=null", f"n_examples={16 * 60}", "eval_every=128", "save
 @pytest.fixture(scope="module")
 def two(patched: Path) -> Iterator[list[hosts.Host]]:
     """Two hosts on a network of their own."""
-    if why := hosts.why_not():
+    why = hosts.why_not()
+    if why and os.environ.get("AMBERSAFE_REQUIRE_HOSTS") == "1":
+        pytest.fail(f"AMBERSAFE_REQUIRE_HOSTS=1, but there are no hosts of our own: {why}")
+    if why:
         pytest.skip(f"no hosts of our own: {why}")
     with hosts.made(2) as made:
         yield made

@@ -298,6 +298,58 @@ def dpo(
 
 
 @app.command()
+def pipeline(
+    ctx: typer.Context,
+    beta: Annotated[
+        float | None, typer.Option(min=0, help="Temperature of the DPO loss.", show_default="the recipe's, 0.1")
+    ] = None,
+    loss: Annotated[Loss | None, typer.Option(help="Which loss in DPO.", show_default="the recipe's, dpo")] = None,
+    label_smoothing: Annotated[
+        float | None, typer.Option(min=0, max=0.5, help="Share of pairs taken to be flipped (conservative DPO).")
+    ] = None,
+    recipe: RecipeName = "ambersafe",
+    model: Model = None,
+    model_revision: ModelRevision = None,
+    data: Data = None,
+    data_revision: DataRevision = None,
+    max_length: MaxLength = None,
+    template: PromptTemplate = None,
+    trainer: Trainer = None,
+    seed: Seed = None,
+    bf16: Bf16 = False,
+    attn: Attn = None,
+    activation_checkpointing: Checkpointing = False,
+    wandb: Wandb = None,
+    tensorboard: Tensorboard = False,
+    nproc: Nproc = None,
+    max_restarts: MaxRestarts = 0,
+    slurm: Slurm = False,
+    nodes: Nodes = None,
+    gpus_per_node: GpusPerNode = None,
+    partition: Partition = None,
+    time: Time = None,
+    account: Account = None,
+    sbatch: Sbatch = None,
+    keep: Keep = None,
+    save_every: SaveEvery = None,
+    folder: Clone = DEFAULT_CLONE,
+    python: Python = sys.executable,
+    no_preflight: NoPreflight = False,
+    allow_modified: AllowModified = False,
+    plain: Plain = False,
+    dry_run: DryRun = False,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Of upstream's config; sft.KEY=VALUE is for SFT alone, dpo. for DPO."),
+    ] = None,
+) -> int:
+    """SFT, and then DPO from it: right here, or queued in Slurm."""
+    from ambersafe_cli import pipeline
+
+    return pipeline.run(ctx.params)
+
+
+@app.command()
 def resume(
     run: Run = None,
     nproc: Annotated[

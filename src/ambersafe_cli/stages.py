@@ -104,6 +104,7 @@ def request(stage: recipes.StageName, params: Mapping[str, Any]) -> Request:
         minutes = params["save_every"].endswith("m")
         number = _number(params["save_every"].removesuffix("m"), "--save-every")
         values["save_every_minutes" if minutes else "save_every_examples"] = number
+    wish = slurm.from_flags(params)
     return Request(
         stage=stage,
         recipe=params["recipe"],
@@ -113,7 +114,7 @@ def request(stage: recipes.StageName, params: Mapping[str, Any]) -> Request:
         python=params["python"],
         processes=params["nproc"],
         machines=machines.from_flags(*(params[flag] for flag in _MACHINE_FLAGS)),
-        slurm=slurm.from_flags(params),
+        slurm=wish,
         archive=params.get("archive"),
         carried=_carried(params),
         dry_run=params["dry_run"],
