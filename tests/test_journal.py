@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -93,13 +94,14 @@ def test_no_line_of_the_file_is_fatal(line: str) -> None:
     assert isinstance(journal.from_line(line), journal.Entry)
 
 
-def test_what_a_later_attempt_does_again_is_counted_once() -> None:
+@pytest.mark.parametrize("attempt", [1, 2])
+def test_what_is_done_again_in_a_later_attempt_or_after_torchruns_own_restart_is_counted_once(attempt: int) -> None:
     lines = curves.Curves()
     for examples in (16, 32, 48, 64):
         lines.add(step(examples, loss=1))
     lines.add(metrics.Record("eval", 64, {"loss/eval": 1}))
     for examples in (48, 64, 80):
-        lines.add(step(examples, loss=2, attempt=2))
+        lines.add(step(examples, loss=2, attempt=attempt))
     assert [(each.examples, each.values["loss/train"]) for each in lines.steps] == [
         (16, 1), (32, 1), (48, 2), (64, 2), (80, 2),
     ]  # fmt: skip

@@ -32,7 +32,7 @@ class Curves:
             return
         if isinstance(entry, metrics.Total):
             return
-        if entry.attempt > self._attempt:
+        if entry.attempt > self._attempt or goes_back(self.last, entry):
             self._go_back(entry)
         if entry.kind == "eval":
             self.evaluations.append(entry)
@@ -47,8 +47,9 @@ class Curves:
             self.train = [mean(self.train[i : i + 2]) for i in range(0, len(self.train), 2)]
 
     def _go_back(self, entry: metrics.Record) -> None:
-        """A later attempt has begun from a checkpoint: what the one before did behind it comes again."""
+        """Training has begun again from a checkpoint: what was done behind it comes again."""
         self._attempt = entry.attempt
+        self.last = None
         self._waiting = []
         self.train = [each for each in self.train if each.examples < entry.examples]
         self.evaluations = [each for each in self.evaluations if each.examples < entry.examples]
@@ -57,6 +58,13 @@ class Curves:
     def steps(self) -> list[metrics.Record]:
         """The training records as far as they have come, the last ones included."""
         return self.train + ([mean(self._waiting)] if self._waiting else [])
+
+
+def goes_back(last: metrics.Record | None, entry: metrics.Record) -> bool:
+    """Whether an entry comes from behind the last step: torchrun starts again by itself, within an attempt."""
+    if last is None:
+        return False
+    return entry.examples < last.examples or (entry.kind == "train" and entry.examples == last.examples)
 
 
 def mean(records: list[metrics.Record]) -> metrics.Record:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ambersafe_cli import display, extras, journal, metrics
+from ambersafe_cli import curves, display, extras, journal, metrics
 from ambersafe_cli.errors import RunFolderError
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ class _Writer:
         self._restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._attempt = attempt
         self._is_restart = attempt > 1
+        self._last: metrics.Record | None = None
         self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666), "wb", 0)
         self._records = RecordWriter(self._file)
         self._write(file_version="brain.Event:2")
@@ -108,10 +109,11 @@ class _Writer:
         """Write an entry; one without a time gets that of `moment`, in seconds since 1970."""
         if not isinstance(entry, metrics.Record):
             return
-        if entry.attempt > self._attempt or self._is_restart:
+        if entry.attempt > self._attempt or self._is_restart or curves.goes_back(self._last, entry):
             # Has TensorBoard forget what the attempt before did behind the checkpoint from which this one goes on.
-            self._attempt, self._is_restart = entry.attempt, False
+            self._attempt, self._is_restart, self._last = entry.attempt, False, None
             self._write(wall_time=entry.time or moment, step=entry.examples, session_log=self._restart)
+        self._last = entry if entry.kind == "train" else self._last
         values = [{"tag": key, "simple_value": value} for key, value in entry.values.items()]
         self._write(wall_time=entry.time or moment, step=entry.examples, summary=self._summary(value=values))
 
