@@ -5,7 +5,7 @@
     scripts/bench_ranks.py memory  [--size 500MB] [--ranks 4]              # of all ranks together, by that of one
     scripts/bench_ranks.py traffic [--size 60M] [--ranks 2]                # bytes that a rank sends in a step
 
-All run `ambersafe sft --nproc N` with AmberSafe's batch of 64 in 2 microbatches (memory: 16 in 1) on the rows of
+All run `ambersafe sft --nproc N` with AmberSafe's batch of 64 in 2 microbatches (memory: --batch in 1) on the rows of
 bench_data.py, each rank with one thread. Cores are pinned by sched_setaffinity(2). Memory is the sum over ranks of the
 proportional set size, in which a page that several share counts once, at its peak; that of as many processes which have
 imported the same modules is subtracted. Traffic is what the loopback interface has sent between two steps.
@@ -148,7 +148,7 @@ def memory(given: argparse.Namespace, task: Path, clone: Path) -> dict[str, obje
             largest.append(max(each, default=0))
 
         with sample(0.05, look):
-            train(task, clone, ranks, 16, 1)
+            train(task, clone, ranks, given.batch, 1)
         found[ranks] = max(peaks) - base
         print(
             f"{ranks} ranks: {max(peaks) / 1e6:.0f} MB at the peak, {base / 1e6:.0f} MB of them imports: "
@@ -174,6 +174,7 @@ def main() -> None:
     parser.add_argument("what", choices=("speed", "memory", "traffic"))
     parser.add_argument("--size", choices=SHAPES)
     parser.add_argument("--ranks", type=int)
+    parser.add_argument("--batch", type=int, default=4, help="of memory: small, so that the model is most of it")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--json", type=Path)
@@ -182,7 +183,7 @@ def main() -> None:
     given.ranks = given.ranks or (4 if given.what == "memory" else 2)
     with tempfile.TemporaryDirectory() as place:
         task = Path(place)
-        bench_data.write_data(task / "data", given.steps * (16 if given.what == "memory" else 64), shape)
+        bench_data.write_data(task / "data", given.steps * (given.batch if given.what == "memory" else 64), shape)
         bench_data.build_model(task, shape)
         (task / "policy.pt").unlink()
         clone = task / "direct-preference-optimization"

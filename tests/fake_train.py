@@ -73,6 +73,16 @@ match os.environ.get("FAKE", "train"):
     case "wait":
         print("waiting", flush=True)
         time.sleep(600)
+    case "slow to stop":
+
+        def stop(*_):
+            time.sleep(4)
+            (run_folder / "saved").touch()
+            sys.exit(143)
+
+        signal.signal(signal.SIGTERM, stop)
+        print("waiting", flush=True)
+        time.sleep(600)
     case "finish":  # a signal comes when all is saved
         save(run_folder)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

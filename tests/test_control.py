@@ -18,7 +18,7 @@ from test_launch import is_running
 from test_real_upstream import model, rows  # noqa: F401, fixtures
 from test_resume import SETTINGS, kill_with_everything_it_started, start, wait_for_step
 
-from ambersafe_cli import attempts, locks, recovery, runs, upstream
+from ambersafe_cli import locks, recovery, resuming, runs, upstream
 
 
 def wait_until(is_so: Callable[[], bool], seconds: float = 60) -> None:
@@ -237,7 +237,7 @@ def test_a_stop_request_while_a_resume_makes_ready_is_heard(
     run = stopped(ambersafe, tmp_path / "work")
     monkeypatch.setattr(recovery, "put_in_order", lambda folder: locks.ask_to_stop(folder))
     monkeypatch.setenv("FAKE", "wait")
-    assert attempts.resume(str(run), None, False, False, plain=False) == 130
+    assert resuming.resume(str(run), None, False, False, plain=False) == 130
     assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
 
 

@@ -38,7 +38,19 @@ from test_upstream import (  # noqa: F401, fixtures
     workshop,
 )
 
-from ambersafe_cli import attempts, cloning, errors, integrity, launch, records, recovery, runs, show, upstream
+from ambersafe_cli import (
+    attempts,
+    cloning,
+    errors,
+    integrity,
+    launch,
+    records,
+    recovery,
+    resuming,
+    runs,
+    show,
+    upstream,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -555,8 +567,8 @@ def test_no_json_in_run_json_is_more_than_its_readers_can_take(
     show.table(as_json=True)
     for reader in (
         lambda: runs.newest_finished_sft("m", None),
-        lambda: attempts.resume(None, None, False, False, plain=False),
-        lambda: attempts.resume(str(run), None, False, False, plain=False),
+        lambda: resuming.resume(None, None, False, False, plain=False),
+        lambda: resuming.resume(str(run), None, False, False, plain=False),
     ):
         with pytest.raises(errors.AmberSafeError):
             reader()

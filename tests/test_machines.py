@@ -190,6 +190,74 @@ def test_two_hosts_train_what_one_process_trains(
         assert not list(helper.glob("*/policy.pt")) and not (helper / "run.json").exists()
 
 
+def test_two_ranks_train_a_model_whose_embedding_is_its_output_layer(
+    given: tuple[object, ...],
+    model: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    tied = tmp_path / "tied"
+    subprocess.run([sys.executable, "-c", TIE, model, tied], check=True, capture_output=True)
+    arguments = (*given, "--model", tied, "--exp-name", "sft", *TINY)
+    for name, how in (("one", ("--trainer", "BasicTrainer")), ("two", ("--nproc", 2))):
+        (tmp_path / name).mkdir()
+        done = run_ambersafe("sft", *arguments, *how, cwd=tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    one, two = only_run(tmp_path / "one", "sft"), only_run(tmp_path / "two", "sft")
+    assert_equal_to_four_digits(one, two)
+    state = load(two / "LATEST" / "policy.pt")["state"]
+    assert bool((state["lm_head.weight"] == state["model.embed_tokens.weight"]).all())
+
+
+TIE = """
+import sys, torch, transformers
+config = transformers.AutoConfig.from_pretrained(sys.argv[1])
+config.tie_word_embeddings = True
+torch.manual_seed(0)
+transformers.AutoModelForCausalLM.from_config(config).save_pretrained(sys.argv[2])
+transformers.AutoTokenizer.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])
+"""
+
+
+def test_a_number_of_ranks_that_would_drop_examples_is_refused_by_resume_and_by_train_py(
+    alone: Path, given: tuple[object, ...], tmp_path: Path
+) -> None:
+    where = ("--nproc", 3, "--no-preflight", "--exp-name", "sft", *TINY)
+    done = run_ambersafe("sft", *given, *where, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "batch_size 16 in 2 microbatches" in done.stderr and "for 3 ranks" in done.stderr
+    run = tmp_path / ".cache" / "again"
+    shutil.copytree(only_run(tmp_path, "sft"), run)
+    done = run_ambersafe("resume", run, "--nproc", 5, cwd=tmp_path)
+    assert done.returncode == 64
+    assert "batch_size 16 cannot be cut into 2 microbatches on 5 ranks" in done.stderr
+
+
+def test_going_on_clears_away_what_a_kill_left_and_nothing_else(patched: Path, tmp_path: Path) -> None:
+    names = (
+        "step-16",
+        "step-32.old",
+        "step-48.partial",
+        "step-16.deleted",
+        "LATEST.old",
+        "notes.old",
+        "export.partial",
+    )
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    code = f"import utils; print(utils.find_newest_checkpoint({str(tmp_path)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=patched, capture_output=True, text=True)
+    assert done.stdout.strip() == str(tmp_path / "step-32"), done.stderr
+    left = {path.name: (path / "file").read_text() for path in tmp_path.iterdir()}
+    assert left == {
+        "step-16": "step-16",
+        "step-32": "step-32.old",
+        "LATEST": "LATEST.old",
+        "notes.old": "notes.old",
+        "export.partial": "export.partial",
+    }
+
+
 @pytest.mark.parametrize(("first", "then"), [(2, 4), (4, 1)])
 def test_a_run_goes_on_with_another_number_of_ranks(
     first: int, then: int, alone: Path, given: tuple[object, ...], tmp_path: Path
@@ -378,6 +446,32 @@ def test_machines_that_differ_say_so_on_each_of_them_and_do_not_train(
         for host in (0, 1):
             assert expected[4:].lower() in started.error(host).lower()
         assert not list(tmp_path.glob("host*/.cache/*/*/step-*"))
+
+
+def test_other_data_on_one_machine_leaves_no_log_probabilities_behind(
+    two: list[hosts.Host],
+    alone: Path,
+    patched: Path,
+    model: Path,  # noqa: F811
+    rows: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    other = tmp_path / "rows"
+    shutil.copytree(rows, other)
+    lines = (other / "train.jsonl").read_text().splitlines()
+    changed = json.loads(lines[-1])
+    changed["response_0"], changed["response_1"] = changed["response_1"], changed["response_0"]
+    (other / "train.jsonl").write_text("\n".join([*lines[:-1], json.dumps(changed)]) + "\n")
+    endpoint = f"{two[0].address}:{free_port()}"
+    with job((), tmp_path) as started:
+        started.hosts = two
+        for number, data in enumerate((rows, other)):
+            where = ("--nnodes", 2, "--node-rank", number, "--nproc", 1, "--rdzv-endpoint", endpoint)
+            what = ("--dir", patched, "--model", model, "--data", data, "--archive", only_run(alone, "sft"))
+            started.start(number, "dpo", *what, *where, "--exp-name", "dpo", *TINY)
+        assert started.wait() == [80, 80], started.output(0) + started.output(1)
+    assert "The machines differ in the training data: " in started.error(0)
+    assert not list(tmp_path.glob("host*/.cache/*/reference_logps/*.npy"))
 
 
 def test_a_port_in_use_a_machine_that_does_not_answer_and_one_that_does_not_come(

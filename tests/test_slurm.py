@@ -4,7 +4,9 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,6 +76,8 @@ def test_dry_run_prints_a_script_that_asks_for_what_the_flags_say(
         ((*WISH, "--nnodes", "2"), "--nnodes is not for --slurm"),
         ((*WISH, "--detach"), "--detach is not for --slurm"),
         ((*WISH, "--sbatch", "qos"), "Invalid value for '--sbatch': 'qos'"),
+        ((*WISH, "--partition", "p\nid"), "cannot stand in a batch script"),
+        ((*WISH, "--time", "5"), "--time 5 is too short"),
         (("--nnodes", "2"), "--nnodes 2 needs --node-rank."),
         (("--nnodes", "2", "--node-rank", "0"), "--nnodes 2 needs --rdzv-endpoint."),
         (("--nnodes", "2", "--node-rank", "2", "--rdzv-endpoint", "h:1"), "--node-rank 2 is none of 2 machines."),
@@ -112,6 +116,73 @@ def test_without_sbatch_nothing_is_left_behind(ambersafe: Ambersafe, fake_clone:
     assert done.returncode == 81, done.stderr
     assert "There is no sbatch on this machine." in done.stderr
     assert not list(fake_clone.parent.glob(".cache/*"))
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 5400), ("5:30", 330), ("1:00:00", 3600), ("2-0", 172800), ("1-2:03", 93780), ("0-0:0:9", 9)],
+)
+def test_a_time_limit_is_read_as_sbatch_reads_it(text: str, seconds: int) -> None:
+    assert slurm._seconds(text) == seconds
+    assert slurm._seconds("UNLIMITED") is slurm._seconds("4 o'clock") is slurm._seconds(None) is None
+
+
+def in_job(run: Path, job: str) -> dict[str, str]:
+    return {slurm.MARK: str(run), "SLURM_JOB_ID": job, "SLURM_NODEID": "0", "SLURM_JOB_NUM_NODES": "1"}
+
+
+def queued(work: Path, ambersafe: Ambersafe, empty_model: Path) -> Path:
+    """A run whose record says that Slurm has it, with no Slurm there."""
+    done = ambersafe("sft", "--model", empty_model, "--no-preflight", "--recipe", "tiny", env={"FAKE": "crash"})
+    assert done.returncode == 3
+    run = only_run(work, "tiny_sft")
+    record = json.loads((run / "run.json").read_text())
+    record |= {"status": slurm.QUEUED, "slurm": {"job_id": "7", "nodes": 1, "processes": 1}, "attempts": []}
+    (run / "run.json").write_text(json.dumps(record))
+    return run
+
+
+def test_a_job_that_slurm_starts_again_after_its_end_has_nothing_to_do(
+    ambersafe: Ambersafe, fake_clone: Path, empty_model: Path
+) -> None:
+    run = queued(fake_clone.parent, ambersafe, empty_model)
+    for said in ("", "has finished"):
+        done = ambersafe("resume", run, env=in_job(run, "8"))
+        assert done.returncode == 0, done.stderr
+        assert said in done.stderr
+    record = json.loads((run / "run.json").read_text())
+    assert (record["slurm"]["job_id"], record["attempts"][0]["slurm_job"]) == ("8", "8"), "as it was sent by hand"
+    assert ambersafe("resume", run).returncode == 64, "by hand it is an error as ever"
+
+
+def test_a_job_that_is_stopped_again_and_again_without_a_checkpoint_is_not_queued_for_ever(
+    ambersafe: Ambersafe, fake_clone: Path, empty_model: Path
+) -> None:
+    run = queued(fake_clone.parent, ambersafe, empty_model)
+    statuses = []
+    for _ in range(slurm.TRIES):
+        command = [sys.executable, "-m", "ambersafe_cli", "resume", str(run)]
+        environment = {**os.environ, **in_job(run, "7"), "FAKE": "wait"}
+        child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        assert child.stdout and child.stdout.readline()
+        child.send_signal(signal.SIGUSR1)
+        statuses.append(child.wait(30))
+    assert statuses == [138, 138, 81]
+
+
+def test_a_stop_after_a_schedulers_signal_is_what_the_run_ends_with(
+    ambersafe: Ambersafe, fake_clone: Path, empty_model: Path
+) -> None:
+    run = queued(fake_clone.parent, ambersafe, empty_model)
+    command = [sys.executable, "-m", "ambersafe_cli", "resume", str(run)]
+    environment = {**os.environ, **in_job(run, "7"), "FAKE": "slow to stop"}
+    child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert child.stdout and child.stdout.readline()
+    child.send_signal(signal.SIGUSR1)
+    done = ambersafe("stop", run)
+    assert done.returncode == 0, done.stderr
+    assert child.wait(30) == 130
+    assert (run / "saved").exists(), "and what was being saved is"
 
 
 def test_pipeline_tells_each_stage_what_is_for_it(ambersafe: Ambersafe, fake_clone: Path, empty_model: Path) -> None:

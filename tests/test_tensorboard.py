@@ -15,7 +15,7 @@ from conftest import Ambersafe, only_run
 # TensorBoard says on import that there is no TensorFlow; that is known.
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ambersafe_cli import journal, metrics, runs, tensorboard_files
+from ambersafe_cli import journal, metrics, requests, runs, tensorboard_files
 from ambersafe_cli.errors import UsageError
 
 
@@ -167,7 +167,7 @@ def test_without_the_package_it_names_the_extra_before_anything_starts(
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     monkeypatch.chdir(fake_clone.parent)
     flags = recipes.Flags({"model.name_or_path": str(tmp_path)}, None, None)
-    asked = stages.Request("sft", "tiny", flags, (), fake_clone, sys.executable, None, tensorboard=True)
+    asked = requests.Request("sft", "tiny", flags, (), fake_clone, sys.executable, None, tensorboard=True)
     with pytest.raises(UsageError) as raised:
         stages.run(asked)
     assert raised.value.hint == "pip install 'ambersafe-cli[tensorboard]'"

@@ -263,8 +263,8 @@ def test_a_slow_save_by_rank_0(patched: Path, tmp_path: Path) -> None:
     """The other ranks wait at a barrier for hours, instead of nccl's ten minutes."""
     (tmp_path / "ask.py").write_text(
         f"import sys; sys.path.insert(0, {str(patched)!r})\n"
-        "import torch, utils\n"
-        "utils.join_torchrun_group()\n"
+        "import omegaconf, torch, utils\n"
+        "utils.join_torchrun_group(omegaconf.OmegaConf.create({}))\n"
         "group = torch.distributed.group.WORLD._get_backend(torch.device('cpu'))\n"
         "print(group.options._timeout.total_seconds())\n"
     )

@@ -1,31 +1,25 @@
-"""One attempt at a run, the first or a later one: from the lock on its folder to the exit status, and `resume`."""
+"""One attempt at a run, the first or a later one: from the lock on its folder to the exit status."""
 
-import contextlib
+import collections
 import math
 import os
 import re
 import shlex
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from ambersafe_cli import (
     checkpoints,
     child,
-    control,
     display,
-    environment,
-    integrity,
     launch,
     locks,
     machines,
     metrics,
     onlooker,
-    patches,
-    provenance,
-    recorded,
     recovery,
     runs,
     slurm,
@@ -35,10 +29,7 @@ from ambersafe_cli.errors import (
     NoCheckpointError,
     RunFolderError,
     SlurmError,
-    UsageError,
 )
-from ambersafe_cli.overrides import assign
-from ambersafe_cli.watch import Tail
 
 
 def run(plan: launch.Launch, record: runs.Record, plain: bool) -> int:
@@ -50,10 +41,10 @@ def run(plan: launch.Launch, record: runs.Record, plain: bool) -> int:
     with locks.locked(plan.run_folder):
         locks.take_stop_request(plan.run_folder)
         runs.require_empty(plan.run_folder)  # another run may have been here since it was made
-        return _attempt(plan, record, plain)
+        return attempt(plan, record, plain)
 
 
-def _attempt(plan: launch.Launch, record: runs.Record, plain: bool, also: Mapping[str, Any] | None = None) -> int:
+def attempt(plan: launch.Launch, record: runs.Record, plain: bool, also: Mapping[str, Any] | None = None) -> int:
     """The same for each attempt, with the record of earlier ones; `also` is what there is to say of this attempt alone.
 
     Only for who has the run's lock.
@@ -63,38 +54,69 @@ def _attempt(plan: launch.Launch, record: runs.Record, plain: bool, also: Mappin
         earlier = record.get("attempts") or []
         number = len(earlier) + 1
         started = {"started": runs.now(), "host": runs.host(), "pid": os.getpid(), "command": list(plan.argv)}
-        started |= {"slurm_job": os.environ["SLURM_JOB_ID"]} if "SLURM_JOB_ID" in os.environ else {}
+        newest = _newest_checkpoint(folder)
+        started |= {"from": newest and newest.name}
+        if slurm.is_job_of(folder):
+            started |= {"slurm_job": os.environ["SLURM_JOB_ID"]}
+            record = {**record, "slurm": {**record["slurm"], "job_id": os.environ["SLURM_JOB_ID"]}}
+        else:
+            record = {**record, "machines": asdict(plan.machines), "processes": plan.processes}
         started |= also or {}
         record = {"started": started["started"], **record, "status": "running", "ended": None, "exit_status": None}
         record["attempts"] = [*earlier, started]
         runs.write(folder, record)
         display.say(f"run folder: {folder}")
         log_file = folder / "train.log"
+        ears = _Ears()
         try:
             if number > 1:
                 metrics.begin_attempt(log_file, number)
             machines.meet(plan.machines)
             with onlooker.watching(folder, record, plain, lambda: _listen(folder)) as watcher:
-                outcome = child.run(plan, log_file, _giving_up(watcher, plan.machines))
+                outcome = child.run(plan, log_file, ears.between(watcher, plan.machines))
         except BaseException:
             runs.write(folder, {**record, "status": "failed", "ended": runs.now()})
             raise
-        return _end(folder, record, outcome, plan.machines)
+        return _end(folder, record, outcome, plan.machines, ears)
 
 
-def _giving_up(watcher: child.Watcher, of: machines.Machines) -> child.Watcher:
-    """The same watcher, which does not wait for ever for a torchrun that has lost the others: cut off, it may hang."""
-    lost = False
+class _Ears:
+    """Hears what the processes say, for what their exit statuses do not tell.
 
-    def on_line(line: str, is_stdout: bool) -> None:
-        nonlocal lost
-        lost = lost or machines.LOST in line
-        watcher.on_line(line, is_stdout)
+    `lost`: that another one has gone; `stopped`: the signal by which they were stopped, 0 if they were not; `tail`: the
+    last lines since they began, or began again.
+    """
 
-    def is_given_up(seconds: float) -> bool:
-        return seconds > (5 if lost and not of.restarts else of.patience + 60)
+    def __init__(self) -> None:
+        self.lost = False
+        self.stopped = 0
+        self.tail: collections.deque[str] = collections.deque(maxlen=500)
 
-    return replace(watcher, on_line=on_line, is_given_up=is_given_up)
+    def hear(self, line: str) -> None:
+        if line == _BEGINS:
+            self.lost = False
+            self.tail.clear()
+        self.lost = self.lost or machines.LOST in line
+        if match := _STOPPED.match(line):
+            self.stopped = int(match[1])
+        self.tail.append(line)
+
+    def between(self, watcher: child.Watcher, of: machines.Machines) -> child.Watcher:
+        """The same watcher, with these ears, and which does not wait for ever for a torchrun that has lost the others:
+        cut off, it may hang."""
+
+        def on_line(line: str, is_stdout: bool) -> None:
+            self.hear(line)
+            watcher.on_line(line, is_stdout)
+
+        def is_given_up(seconds: float) -> bool:
+            return seconds > (5 if self.lost and not of.restarts else of.patience + 60)
+
+        return replace(watcher, on_line=on_line, is_given_up=is_given_up)
+
+
+_BEGINS = "building policy"
+_STOPPED = re.compile(r"stopped by signal (\d+) after \d+ examples$")
 
 
 def help_out(plan: launch.Launch, log_file: Path) -> int:
@@ -103,18 +125,17 @@ def help_out(plan: launch.Launch, log_file: Path) -> int:
     Raises MachinesError, RunFolderError.
     """
     machines.meet(plan.machines)
+    ears = _Ears()
     watcher = child.Watcher(lambda line, is_stdout: None, lambda: display.say(onlooker.STOPPING), lambda: False)
     with upstream.in_use(plan.clone):
-        outcome = child.run(plan, log_file, _giving_up(watcher, plan.machines))
+        outcome = child.run(plan, log_file, ears.between(watcher, plan.machines))
+    if outcome.exit_status == 0 and runs.checkpoint(plan.run_folder).is_file():
+        return 0  # a signal that came when all was done
     if outcome.signal:
         return 128 + outcome.signal
-    if outcome.exit_status and (error := machines.explain(_last_lines(log_file), plan.machines)):
+    if outcome.exit_status and (error := machines.explain(ears.tail, plan.machines)):
         raise error
     return outcome.exit_status
-
-
-def _last_lines(log_file: Path, count: int = 500) -> list[str]:
-    return list(Tail(log_file, count).new())
 
 
 def _listen(folder: Path) -> bool:
@@ -123,12 +144,12 @@ def _listen(folder: Path) -> bool:
     return locks.take_stop_request(folder)
 
 
-def _end(folder: Path, record: runs.Record, outcome: child.Outcome, of: machines.Machines) -> int:
+def _end(folder: Path, record: runs.Record, outcome: child.Outcome, of: machines.Machines, ears: _Ears) -> int:
     log = metrics.read_log(folder / "train.log")
     has_checkpoint = runs.checkpoint(folder).is_file()
     finished = outcome.exit_status == 0 and has_checkpoint
     # torchrun ends with 0 when its processes were stopped, be it by a signal that only another machine got.
-    number = outcome.signal or (0 if finished or outcome.exit_status else _stopped_by(folder / "train.log"))
+    number = outcome.signal or (0 if finished or outcome.exit_status else ears.stopped)
     interrupted = bool(number) and not finished
     status = 128 + number if interrupted else outcome.exit_status
     end = {"ended": runs.now(), "exit_status": status}
@@ -156,20 +177,27 @@ def _end(folder: Path, record: runs.Record, outcome: child.Outcome, of: machines
         how = "was stopped" if interrupted else f"failed with exit status {status}"
         display.say(f"{record['stage']} {how}; its output is in {folder / 'train.log'}")
         if checkpoint := _newest_checkpoint(folder):
-            display.say(f"to go on from {checkpoint}: {shlex.join(['ambersafe', 'resume', str(folder)])}")
-        error = None if interrupted else machines.explain(_last_lines(folder / "train.log"), of)
+            again = (
+                ["sbatch", str(folder / slurm.SCRIPT)] if record.get("slurm") else ["ambersafe", "resume", str(folder)]
+            )
+            display.say(f"to go on from {checkpoint}: {shlex.join(again)}")
+        error = None if interrupted else machines.explain(ears.tail, of)
         if error:
             raise error
+        if slurm.is_job_of(folder) and status in slurm.AGAIN:
+            _require_progress(folder, record)
     return status
 
 
-def _stopped_by(log_file: Path) -> int:
-    """The signal by which train.py says at its end that it was stopped; 0 if it does not."""
-    found = [match for line in _last_lines(log_file, 20) if (match := _STOPPED.match(line))]
-    return int(found[-1][1]) if found else 0
-
-
-_STOPPED = re.compile(r"stopped by signal (\d+) after \d+ examples$")
+def _require_progress(folder: Path, record: runs.Record) -> None:
+    """Raise SlurmError if a run was stopped several times without a new checkpoint: it would be queued for ever."""
+    newest = _newest_checkpoint(folder)
+    begun = [attempt.get("from") for attempt in record["attempts"][-slurm.TRIES :]]
+    if len(begun) == slurm.TRIES and set(begun) == {newest and newest.name}:
+        raise SlurmError(
+            f"{folder} was stopped {slurm.TRIES} times without a new checkpoint, and is not queued again.",
+            "It needs a longer --time, or room on its disk; train.log says more.",
+        )
 
 
 def _show_end(folder: Path, record: runs.Record, log: metrics.Log) -> None:
@@ -191,127 +219,3 @@ def _newest_checkpoint(folder: Path) -> Path | None:
         if all(zipfile.is_zipfile(path / name) for name in recovery.FILES_OF_A_CHECKPOINT):
             return path
     return None
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """What `resume` is told of processes and machines: how many processes a machine, how many machines, the number of
-    this one, where they meet, how often torchrun may start again; None for what is to be as before."""
-
-    processes: int | None = None
-    count: int | None = None
-    number: int | None = None
-    endpoint: str | None = None
-    restarts: int | None = None
-
-
-def _fit(ranks: Ranks, record: runs.Record) -> tuple[machines.Machines, int]:
-    """The machines that a run goes on with, and the processes on each. Raises UsageError, MachinesError."""
-    before = machines.Machines(**(record.get("machines") or {}))
-    job = record.get("slurm")
-    restarts = before.restarts if ranks.restarts is None else ranks.restarts
-    if job and "SLURM_STEP_ID" in os.environ and ranks == Ranks():
-        return machines.in_slurm(os.environ, job["nodes"], restarts, before.patience), job["processes"]
-    processes = ranks.processes or max(1, (record.get("processes") or 1) // before.count)
-    count = before.count if ranks.count is None else ranks.count
-    number = (before.number if ranks.number is None else ranks.number) if count > 1 else ranks.number
-    endpoint = (ranks.endpoint or before.endpoint) if count > 1 else ranks.endpoint
-    return machines.from_flags(count, number, endpoint, restarts, before.patience), processes
-
-
-def resume(
-    name: str | None, python: str | None, allow_modified: bool, detach: bool, plain: bool, ranks: Ranks = Ranks()
-) -> int:
-    """Go on with a run, by its folder or name (by default the newest one here that has not finished), where it is.
-
-    Raises UsageError for a run that cannot go on, RunFolderError if its run.json cannot be read, CloneError if the
-    series that it was started with is gone.
-    """
-    folder = runs.find(name) if name is not None else _newest_unfinished()
-    if detach:
-        if ranks != Ranks():
-            raise UsageError("--detach goes on as before: it takes no other processes or machines.", "Leave it away.")
-        return control.detach(folder, python, allow_modified)
-    if (found := runs.read(folder)) and _fit(ranks, found)[0].number:
-        plan, _ = _again(folder, found, python, allow_modified, ranks)
-        return help_out(plan, folder / f"machine-{plan.machines.number}.log")
-    with locks.locked(folder):
-        locks.take_stop_request(folder)  # one that came after an earlier attempt had ended
-        runs.require_not_elsewhere(folder)
-        record = runs.read(folder)  # only now: whoever had the lock may have changed it
-        if record is None:
-            raise UsageError(f"{folder} is not the folder of a run.", "`ambersafe runs` lists them.")
-        _require_not_waiting(record)
-        if record["status"] == "finished":
-            raise UsageError(f"{folder} has finished.", f"Its checkpoint is {runs.checkpoint(folder)}.")
-        plan, training = _again(folder, record, python, allow_modified, ranks)
-        for error in recorded.changed_inputs(record, plan.environment, training.python):
-            if not allow_modified:
-                raise error
-            display.warn(error.message)
-        checkpoint = recovery.put_in_order(folder)
-        if checkpoint:
-            if not record["upstream"]["can_resume"]:
-                raise UsageError("The clone of this run lacks the patch that resumes.", "Start the stage again.")
-            if assign("resume", launch.NEWEST) not in plan.argv:
-                plan = replace(plan, argv=(*plan.argv, assign("resume", str(checkpoint))))
-        if record["attempts"]:
-            display.say(f"going on from {checkpoint}" if checkpoint else "no checkpoint was saved: from the beginning")
-        if record["status"] == slurm.QUEUED:
-            del record["started"]
-            if record.get("archive"):  # which may not have been there when it was queued
-                integrity.require_whole(Path(record["archive"]))
-                record["archive_fingerprint"] = provenance.of_checkpoint(record["archive"])
-        state = upstream.inspect(plan.clone, patches.read_series())
-        also = {
-            "python": provenance.of_python(training),
-            "variables": provenance.of_variables(),
-            "allow_modified": allow_modified,
-            "upstream": {
-                "folder": str(state.folder),
-                "head": state.head,
-                "tree": state.tree,
-                "edited": list(state.edited),
-            },
-        }
-        return _attempt(plan, record, plain, also)
-
-
-def _require_not_waiting(record: runs.Record) -> None:
-    """Raise UsageError if Slurm still has the run, and will begin it or go on with it by itself."""
-    job = (record.get("slurm") or {}).get("job_id")
-    if job is None or "SLURM_STEP_ID" in os.environ or record["status"] == "finished":
-        return
-    with contextlib.suppress(SlurmError):  # no Slurm here, or none that answers
-        if found := slurm.state(job):
-            raise UsageError(f"Slurm has the run as job {job}: {found}.", f"To take it from there: scancel {job}")
-
-
-def _again(
-    folder: Path, record: runs.Record, python: str | None, allow_modified: bool, ranks: Ranks
-) -> tuple[launch.Launch, environment.TrainingEnvironment]:
-    """The command by which a run goes on, as it was recorded but for what `ranks` says otherwise.
-
-    Raises AmberSafeError.
-    """
-    clone = recorded.clone(record["upstream"], allow_modified)
-    pins, settings = recorded.pinned(record, folder)
-    command = [*recorded.command(record, clone, folder, python), *pins]
-    training = environment.probe(command[0], ask_torch=True)
-    training.require_packages()
-    of, processes = _fit(ranks, record)
-    if launch.TORCHRUN in command:
-        script = command.index(str(clone / "train.py"))
-        command[1:script] = launch.torchrun(training.python_version, of, processes)
-        if of.count > 1 or of.restarts:
-            settings = {k: v for k, v in settings.items() if k not in machines.SETTINGS} | machines.settings(of)
-    elif ranks != Ranks():
-        raise UsageError("The run trains in one process, without torchrun.", "Start the stage again with --nproc.")
-    return launch.Launch(folder, clone, tuple(command), settings, processes * of.count, (), of), training
-
-
-def _newest_unfinished() -> Path:
-    found = [run for run in runs.list_runs() if run.status not in ("finished", "running")]
-    if not found:
-        raise UsageError(f"There is no unfinished run under {runs.folder_of_runs()}.", "Give the folder of one.")
-    return found[-1].folder

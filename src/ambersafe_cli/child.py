@@ -148,8 +148,11 @@ def _wait(child: "subprocess.Popen[bytes]", received: list[int], mark: str, watc
     while child.poll() is None and len(received) < 2:
         if time.monotonic() - asked_at > 1:
             asked_at = time.monotonic()
-            # Not a SIGTERM: after that a Slurm job is queued again, and this is somebody's wish.
-            received += [signal.SIGINT] if watcher.is_stop_asked() else []
+            if watcher.is_stop_asked():
+                # Not a SIGTERM: after that a Slurm job is queued again, and this is somebody's wish. If a scheduler's
+                # signal came first, the checkpoint is being saved already.
+                is_first = not received or received[0] == signal.SIGINT
+                received[:] = [*received, signal.SIGINT] if is_first else [signal.SIGINT]
             workers = _workers(child, mark) if _is_torchrun(child) else {child.pid}
             if workers:
                 trained_at = asked_at

@@ -173,9 +173,9 @@ def check_options(as_json: Json = False) -> None:
 
 def _stage(name: Literal["sft", "dpo"], ctx: typer.Context) -> int:
     """Run a stage, or only check it where it stands behind `check`."""
-    from ambersafe_cli import stages
+    from ambersafe_cli import requests, stages
 
-    request = stages.request(name, ctx.params)
+    request = requests.read(name, ctx.params)
     if ctx.parent and ctx.parent.info_name == "check":
         stages.check(request, ctx.parent.params["as_json"])
         return 0
@@ -367,10 +367,10 @@ def resume(
     plain: Plain = False,
 ) -> int:
     """Go on with a run that was stopped or killed, from its newest checkpoint."""
-    from ambersafe_cli import attempts
+    from ambersafe_cli import resuming
 
-    ranks = attempts.Ranks(nproc, nnodes, node_rank, rdzv_endpoint, max_restarts)
-    return attempts.resume(run, python, allow_modified, detach, plain, ranks)
+    ranks = resuming.Ranks(nproc, nnodes, node_rank, rdzv_endpoint, max_restarts)
+    return resuming.resume(run, python, allow_modified, detach, plain, ranks)
 
 
 @app.command()

@@ -72,6 +72,8 @@ def stop(name: str | None, now: bool) -> int:
     run = runs.look(folder)
     status = run.status if run else "gone"
     display.say(f"{folder}: {status}")
+    if run and run.record.get("exit_status") in slurm.AGAIN and _leave_queue(folder):
+        return 0  # a scheduler had stopped it first, and would start it again
     if status != "finished":
         display.say(f"to go on with it: {shlex.join(['ambersafe', 'resume', str(folder)])}")
     return 0
@@ -81,7 +83,7 @@ def _leave_queue(folder: Path) -> bool:
     """Take a run out of Slurm's queue; False if it is not in it. Raises SlurmError, RunFolderError."""
     record = runs.read(folder)
     job = (record or {}).get("slurm", {}).get("job_id")
-    if not record or not job or record["status"] == "finished" or not slurm.state(job):
+    if not record or not job or record["status"] == "finished" or not slurm.state(job, folder):
         return False
     slurm.cancel(job)
     runs.write(folder, {**record, "status": "interrupted", "ended": record["ended"] or runs.now()})

@@ -4,7 +4,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from ambersafe_cli import cloning, display, environment, metrics, patches, recipe, runs, stages, upstream
+from ambersafe_cli import cloning, display, environment, metrics, patches, recipe, requests, runs, stages, upstream
 from ambersafe_cli.errors import AmberSafeError, RunFolderError
 
 DATA = Path(__file__).parent / "demo_data"
@@ -33,7 +33,7 @@ def run(clone: Path, url: str | None, python: str, plain: bool) -> int:
         display.say(f"--- {stage} of a tiny Llama ---")
         flags = recipe.Flags(values={"model.name_or_path": str(model)}, data=str(DATA))
         archive = runs.checkpoint(run_folders["sft"]) if stage == "dpo" else None
-        prepared = stages.prepare(stages.Request(stage, "tiny", flags, (), clone, python, None, archive=archive))
+        prepared = stages.prepare(requests.Request(stage, "tiny", flags, (), clone, python, None, archive=archive))
         if status := stages.start(prepared, plain=plain):
             return status
         run_folders[stage] = prepared.launch.run_folder

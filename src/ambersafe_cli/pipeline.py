@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ambersafe_cli import display, preflight, recipe, runs, slurm, stages
+from ambersafe_cli import display, preflight, recipe, requests, runs, slurm, stages
 
 _OF_DPO = ("beta", "loss", "label_smoothing")
 # What sft and dpo have, and what is for one stage alone: there KEY=VALUE with the stage's name in front is the way.
@@ -54,7 +54,7 @@ def _look(prepared: stages.Prepared) -> preflight.Report:
     return report
 
 
-def _request(stage: recipe.StageName, params: Mapping[str, Any]) -> stages.Request:
+def _request(stage: recipe.StageName, params: Mapping[str, Any]) -> requests.Request:
     """What `ambersafe sft` or `ambersafe dpo` would have been asked."""
     given = {name: value for name, value in params.items() if stage == "dpo" or name not in _OF_DPO}
     overrides = []
@@ -64,4 +64,4 @@ def _request(stage: recipe.StageName, params: Mapping[str, Any]) -> stages.Reque
             overrides.append(text)
         elif name == stage:
             overrides.append(rest)
-    return stages.request(stage, {**_NOT_HERE, **given, "overrides": overrides})
+    return requests.read(stage, {**_NOT_HERE, **given, "overrides": overrides})

@@ -1,10 +1,12 @@
 """A run that waits in Slurm: its folder and its record as of a run that has not begun, its script, and its job."""
 
+import contextlib
 import shlex
 from pathlib import Path
 from typing import Any
 
 from ambersafe_cli import display, files, runs, slurm
+from ambersafe_cli.errors import SlurmError
 
 
 def submit(
@@ -15,10 +17,10 @@ def submit(
     `processes` are those of each machine, `after` is the job that must have ended well before. Raises SlurmError,
     RunFolderError.
     """
+    text = slurm.script(wish, folder, name)
     runs.make(folder)
-    path = folder / "slurm.sh"
-    files.write_lines(path, slurm.script(wish, folder, name).splitlines())
-    job = slurm.submit(path, after)
+    path = folder / slurm.SCRIPT
+    files.write_lines(path, text.splitlines())
     queued: dict[str, Any] = {
         **record,
         "started": runs.now(),
@@ -26,10 +28,18 @@ def submit(
         "exit_status": None,
         "attempts": [],
         "status": slurm.QUEUED,
-        "slurm": {"job_id": job, "nodes": wish.nodes, "processes": processes},
+        "slurm": {"job_id": None, "nodes": wish.nodes, "processes": processes},
     }
     runs.write(folder, queued)
-    slurm.release(job)  # only now: the job needs the record
+    job = slurm.submit(path, after)
+    try:
+        queued["slurm"]["job_id"] = job
+        runs.write(folder, queued)
+        slurm.release(job)  # only now: the job writes into the record
+    except BaseException:
+        with contextlib.suppress(SlurmError):
+            slurm.cancel(job)
+        raise
     shown = shlex.quote(folder.name)
     display.say(f"run folder: {folder}")
     display.say(f"{record['stage']} is Slurm's job {job}{f', after job {after}' if after else ''}: {path}")

@@ -1,5 +1,6 @@
 """Slurm: the batch script by which a run waits for its machines, and asking Slurm about it."""
 
+import os
 import re
 import shlex
 import shutil
@@ -18,6 +19,14 @@ QUEUED = "queued"
 AGAIN = (138, 143)
 """The launcher's exit statuses after SIGUSR1, which the script has Slurm send before the time limit, and SIGTERM, which
 Slurm sends to a job that has to make room. `ambersafe stop` and Ctrl-C make it 130."""
+
+MARK = "AMBERSAFE_SLURM_RUN"
+"""The variable by which the script tells the launchers that they are its own: a shell in a job is none."""
+
+SCRIPT = "slurm.sh"
+
+TRIES = 3
+"""How often a run may be stopped without a new checkpoint before it is no longer queued again."""
 
 WARNING = 300
 """Seconds before the time limit at which that is sent: a 7B model's checkpoint of 54 GB takes minutes."""
@@ -52,10 +61,16 @@ def from_flags(params: Mapping[str, Any]) -> Wish | None:
     if params.get("detach"):
         raise UsageError("--detach is not for --slurm: the job goes on by itself.", "Leave it away.")
     for text in params.get("sbatch") or ():
-        if not text.startswith("-") or "\n" in text:
+        if not text.startswith("-"):
             raise UsageError(
                 f"Invalid value for '--sbatch': {text!r}.", "It is an option of sbatch, such as --qos=high."
             )
+    seconds = _seconds(params.get("time"))
+    if seconds is not None and seconds < 2 * WARNING:
+        raise UsageError(
+            f"--time {params['time']} is too short: {WARNING // 60} minutes before its end the run saves and stops.",
+            f"Ask for {2 * WARNING // 60} minutes or more.",
+        )
     return Wish(
         params.get("nodes") or 1,
         params.get("gpus_per_node"),
@@ -66,8 +81,28 @@ def from_flags(params: Mapping[str, Any]) -> Wish | None:
     )
 
 
+def _seconds(time: str | None) -> int | None:
+    """A time limit as sbatch takes it, [days-]hours:minutes:seconds or minutes[:seconds]; None for any other text."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time or "")
+    if not match:
+        return None
+    days, *parts = match.groups()
+    first, second, third = (int(part or 0) for part in parts)
+    if days is not None or parts[2] is not None:
+        return int(days or 0) * 86400 + first * 3600 + second * 60 + third
+    return first * 60 + second
+
+
+def is_job_of(run_folder: Path) -> bool:
+    """Whether this process was started by the script of a run."""
+    return os.environ.get(MARK) == str(run_folder) and "SLURM_JOB_ID" in os.environ
+
+
 def script(wish: Wish, run_folder: Path, name: str) -> str:
-    """The batch script of a run: on each machine one task, which goes on with the run until it has come to its end."""
+    """The batch script of a run: on each machine one task, which goes on with the run until it has come to its end.
+
+    Raises UsageError for what would end a line of it.
+    """
     options = [
         f"--job-name={name}",
         f"--nodes={wish.nodes}",
@@ -82,6 +117,9 @@ def script(wish: Wish, run_folder: Path, name: str) -> str:
         f"--signal=USR1@{WARNING}",
         *wish.others,
     ]
+    for text in (name, str(run_folder), sys.executable, *options):
+        if not text.isprintable():
+            raise UsageError(f"{text!r} cannot stand in a batch script.", "Give another name.")
     lines = [
         "#!/bin/bash",
         f"# {name}: written by ambersafe. To send it by hand: sbatch slurm.sh",
@@ -89,6 +127,7 @@ def script(wish: Wish, run_folder: Path, name: str) -> str:
         "",
         "# One launcher on each machine. The first one keeps the run's record; stopped, preempted or started again,",
         "# they go on from the newest checkpoint.",
+        f"export {MARK}={shlex.quote(str(run_folder))}",
         'srun --kill-on-bad-exit=0 --wait=0 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \\',
         f"  {shlex.join([sys.executable, '-P', '-m', 'ambersafe_cli', 'resume', str(run_folder)])}",
         "status=$?",
@@ -135,10 +174,16 @@ def require() -> None:
         raise SlurmError("There is no sbatch on this machine.", "--slurm is for a machine that can submit Slurm jobs.")
 
 
-def state(job: str) -> str | None:
-    """What Slurm says of a job: its state, and why it waits; None when it is gone. Raises SlurmError."""
-    said = _ask(["squeue", "--noheader", "--jobs", job, "--format", "%T %r"], "squeue does not answer", gone="")
-    return " ".join(said.split()).removesuffix(" None").lower() or None
+def state(job: str, run_folder: Path) -> str | None:
+    """What Slurm says of a run's job: its state, and why it waits; None when it is gone, or the job is another's now.
+
+    Raises SlurmError.
+    """
+    said = _ask(["squeue", "--noheader", "--jobs", job, "--format", "%T %r|%o"], "squeue does not answer", gone="|")
+    words, _, command = said.strip().partition("|")
+    if command != str(run_folder / SCRIPT):
+        return None
+    return " ".join(words.split()).removesuffix(" None").lower() or None
 
 
 def cancel(job: str) -> None:

@@ -59,7 +59,7 @@ def _when_it_begins(run: runs.Run) -> runs.Run:
     job = (run.record.get("slurm") or {}).get("job_id")
     said = None
     while job and run.status not in ("running", "finished"):
-        state = slurm.state(job)
+        state = slurm.state(job, run.folder)
         if state is None:
             if run.status == slurm.QUEUED:
                 display.warn(f"Slurm no longer has job {job}; what it printed is in {run.folder / 'slurm.log'}")
