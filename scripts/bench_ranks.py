@@ -5,10 +5,10 @@
     scripts/bench_ranks.py memory  [--size 500MB] [--ranks 4]              # of all ranks together, by that of one
     scripts/bench_ranks.py traffic [--size 60M] [--ranks 2]                # bytes that a rank sends in a step
 
-All run `ambersafe sft --nproc N` with AmberSafe's batch of 64 in 2 microbatches (memory: --batch in 1) on the rows of
-bench_data.py, each rank with one thread. Cores are pinned by sched_setaffinity(2). Memory is the sum over ranks of the
-proportional set size, in which a page that several share counts once, at its peak; that of as many processes which have
-imported the same modules is subtracted. Traffic is what the loopback interface has sent between two steps.
+All run `ambersafe sft --nproc N` on the rows of bench_data.py, one thread a rank, with AmberSafe's batch of 64 in
+2 microbatches (memory: --batch in --grad-accum). Cores are pinned by sched_setaffinity(2). Memory is the sum over ranks
+of the proportional set size, in which a page that several share counts once, at its peak; that of as many processes
+which have imported the same modules is subtracted. Traffic is what the loopback interface has sent between two steps.
 """
 
 import argparse
@@ -136,29 +136,34 @@ def imports(clone: Path, count: int) -> int:
 
 
 def memory(given: argparse.Namespace, task: Path, clone: Path) -> dict[str, object]:
-    found = {}
+    """Of all ranks together, at the peak of the run, and at the peak until training begins."""
+    found: dict[int, dict[str, int]] = {}
     for ranks in (1, given.ranks):
         base = imports(clone, ranks)
-        peaks: list[int] = [0]
-        largest: list[int] = [0]
+        moments: list[tuple[float, list[int]]] = []
+        begun = time.perf_counter()
 
-        def look(peaks: list[int] = peaks, largest: list[int] = largest) -> None:
-            each = [proportional(process) for process in ranks_of(task)]
-            peaks.append(sum(each))
-            largest.append(max(each, default=0))
+        def look(moments: list[tuple[float, list[int]]] = moments, begun: float = begun) -> None:
+            moments.append((time.perf_counter() - begun, [proportional(process) for process in ranks_of(task)]))
 
         with sample(0.05, look):
-            train(task, clone, ranks, given.batch, 1)
-        found[ranks] = max(peaks) - base
+            run = train(task, clone, ranks, given.batch, given.grad_accum)
+        trains = next(line.time for line in run.lines if line.text.startswith("Using "))
+        whole = max(sum(each) for _, each in moments) - base
+        loading = max(sum(each) for when, each in moments if when < trains) - base
+        largest = max(max(each, default=0) for _, each in moments) - base // ranks
+        found[ranks] = {"in all": whole, "until training begins": loading}
         print(
-            f"{ranks} ranks: {max(peaks) / 1e6:.0f} MB at the peak, {base / 1e6:.0f} MB of them imports: "
-            f"{found[ranks] / 1e6:.0f} MB; the largest rank {max(largest) / 1e6:.0f} MB, imports included"
+            f"{ranks} ranks: {whole / 1e6:.0f} MB beyond {base / 1e6:.0f} MB of imports, {loading / 1e6:.0f} MB until "
+            f"training begins; the largest rank {largest / 1e6:.0f} MB"
         )
-    print(f"{given.ranks} ranks by one: {found[given.ranks] / found[1]:.2f} times")
+    for what, of_one in found[1].items():
+        print(f"{given.ranks} ranks by one, {what}: {found[given.ranks][what] / of_one:.2f} times")
     return {"beyond imports, bytes": found}
 
 
 def traffic(given: argparse.Namespace, task: Path, clone: Path) -> dict[str, object]:
+    """What the loopback interface has sent between the lines of two steps."""
     moments: list[tuple[float, int]] = []
     begun = time.perf_counter()
     with sample(0.02, lambda: moments.append((time.perf_counter() - begun, sent()))):
@@ -175,6 +180,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SHAPES)
     parser.add_argument("--ranks", type=int)
     parser.add_argument("--batch", type=int, default=4, help="of memory: small, so that the model is most of it")
+    parser.add_argument("--grad-accum", type=int, default=1, help="of memory")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--json", type=Path)
