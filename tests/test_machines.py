@@ -18,7 +18,7 @@ import pytest
 from conftest import load, numbers, only_run, records_of, run_ambersafe
 from test_real_upstream import TINY, close, metric_lines, model, rows  # noqa: F401, fixtures
 
-from ambersafe_cli import metrics
+from ambersafe_cli import environment, metrics
 
 pytestmark = pytest.mark.slow
 
@@ -349,6 +349,8 @@ def test_a_rank_that_dies_on_one_host_has_both_begin_again_from_the_newest_check
     run = only_run(tmp_path / "host0", "sft")
     assert numbers(run) == numbers(undisturbed)
     assert started.output(0).count("going on from ") == 2
+    assert "begun again 2 times after a process had died" in started.output(0)
+    assert json.loads((run / "run.json").read_text())["attempts"][0]["restarts"] == 2
 
 
 @pytest.mark.parametrize("what", ["cut off", "killed", "a rank is stopped"])
@@ -372,7 +374,8 @@ def test_a_host_that_is_gone_ends_the_job_on_every_host_with_one_error(
         finally:
             two[1].connect()
         if what == "killed":
-            assert statuses[0] != 0
+            assert statuses[0] == 80
+            assert "A process on another of the 2 machines has ended" in started.error(0)
         else:
             assert statuses == [80, 80], started.output(0) + started.output(1)
             assert "no sign of life of rank" in started.error(0)
@@ -392,7 +395,7 @@ def test_a_stop_on_one_host_stops_both_with_a_checkpoint_and_both_can_go_on(
         run = only_run(tmp_path / "host0", "sft")
         assert wait_until(lambda: has_trained(run, 48)), started.output(0)
         done = run_ambersafe("stop", cwd=tmp_path / "host0")
-        assert (done.returncode, started.wait()) == (0, [130, 0]), started.output(0) + started.output(1)
+        assert (done.returncode, started.wait()) == (0, [130, 130]), started.output(0) + started.output(1)
         assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
         endpoint = f"{two[0].address}:{free_port()}"
         started.start(0, "resume", "--rdzv-endpoint", endpoint)
@@ -416,10 +419,10 @@ def test_machines_that_differ_say_so_on_each_of_them_and_do_not_train(
 ) -> None:
     clone, data, lr, processes = patched, rows, "1e-4", 1
     expected = {
-        "lr": "the machines differ in lr: 0.0001 on host0, 0.002 on host1",
+        "lr": "the machines differ in lr: 0.0001 on machine 0 (host0), 0.002 on machine 1 (host1)",
         "code": "the machines differ in the code of train.py: ",
         "data": "the machines differ in the training data: ",
-        "processes": "the machines differ in processes: 1 on host0, 2 on host1",
+        "processes": "the machines differ in processes: 1 on machine 0 (host0), 2 on machine 1 (host1)",
     }[what]
     if what == "code":
         clone = tmp_path / "clone"
@@ -495,7 +498,7 @@ def test_a_port_in_use_a_machine_that_does_not_answer_and_one_that_does_not_come
         started.start(0, *arguments, "--node-rank", 0)
         assert started.wait(90) == [80, 80]
         listener.kill()
-        assert f"Port {port}, where the machines are to meet, cannot be opened here" in started.error(0)
+        assert f"{two[0].address}:{port}, where the machines are to meet, cannot be opened here" in started.error(0)
 
 
 LISTEN = """
@@ -504,6 +507,25 @@ server = socket.create_server(("", int(sys.argv[1])))
 print("listening", flush=True)
 time.sleep(600)
 """
+
+
+def test_an_endpoint_that_is_not_machine_0s_is_said_there(
+    two: list[hosts.Host], given: tuple[object, ...], tmp_path: Path
+) -> None:
+    where = ("--nnodes", 2, "--nproc", 1, "--node-rank", 0, "--rdzv-endpoint", f"{two[1].address}:29400")
+    with job((), tmp_path) as started:
+        started.hosts = two
+        started.start(0, "sft", *given, "--no-preflight", *where, *TINY)
+        assert started.wait(60) == [80], started.output(0)
+        assert f"{two[1].address}:29400, where the machines are to meet, cannot be opened here" in started.error(0)
+
+
+def test_one_gpu_trains_by_the_same_way(given: tuple[object, ...], tmp_path: Path) -> None:
+    if not environment.probe(sys.executable, ask_torch=True).gpus:
+        pytest.skip("there is no GPU")
+    done = run_ambersafe("sft", *given, "--nproc", 1, "--exp-name", "sft", *TINY, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert metrics.read_log(only_run(tmp_path, "sft") / "train.log").evaluations
 
 
 # --- the data ---

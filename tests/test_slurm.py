@@ -77,7 +77,10 @@ def test_dry_run_prints_a_script_that_asks_for_what_the_flags_say(
         ((*WISH, "--detach"), "--detach is not for --slurm"),
         ((*WISH, "--sbatch", "qos"), "Invalid value for '--sbatch': 'qos'"),
         ((*WISH, "--partition", "p\nid"), "cannot stand in a batch script"),
-        ((*WISH, "--time", "5"), "--time 5 is too short"),
+        ((*WISH, "--time", "5"), "--time 5 is 300 s, too short"),
+        ((*WISH, "--time", "12h"), "Invalid value for '--time': '12h'"),
+        ((*WISH, "--sbatch=--signal=USR2@10"), "--signal is what ambersafe itself tells sbatch"),
+        ((*WISH, "--sbatch=-t 3"), "-t is what ambersafe itself tells sbatch"),
         (("--nnodes", "2"), "--nnodes 2 needs --node-rank."),
         (("--nnodes", "2", "--node-rank", "0"), "--nnodes 2 needs --rdzv-endpoint."),
         (("--nnodes", "2", "--node-rank", "2", "--rdzv-endpoint", "h:1"), "--node-rank 2 is none of 2 machines."),
@@ -183,6 +186,21 @@ def test_a_stop_after_a_schedulers_signal_is_what_the_run_ends_with(
     assert done.returncode == 0, done.stderr
     assert child.wait(30) == 130
     assert (run / "saved").exists(), "and what was being saved is"
+
+
+@pytest.mark.parametrize("command", ["sft", "pipeline"])
+def test_a_job_that_slurm_does_not_take_leaves_no_run(
+    command: str, ambersafe: Ambersafe, fake_clone: Path, empty_model: Path
+) -> None:
+    programs = fake_clone.parent / "bin"
+    programs.mkdir()
+    (programs / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
+    (programs / "sbatch").chmod(0o755)
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    done = ambersafe(command, "--model", empty_model, *WISH, env={"PATH": path})
+    assert done.returncode == 81, done.stderr
+    assert "Slurm did not take the job: invalid partition" in done.stderr
+    assert not list(fake_clone.parent.glob(".cache/*/*"))
 
 
 def test_pipeline_tells_each_stage_what_is_for_it(ambersafe: Ambersafe, fake_clone: Path, empty_model: Path) -> None:

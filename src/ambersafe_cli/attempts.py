@@ -83,17 +83,18 @@ def attempt(plan: launch.Launch, record: runs.Record, plain: bool, also: Mapping
 class _Ears:
     """Hears what the processes say, for what their exit statuses do not tell.
 
-    `lost`: that another one has gone; `stopped`: the signal by which they were stopped, 0 if they were not; `tail`: the
-    last lines since they began, or began again.
+    `lost`: that another one has gone; `stopped`: the signal by which they were stopped, 0 if they were not; `begun`:
+    how often they began; `tail`: the last lines since then.
     """
 
     def __init__(self) -> None:
         self.lost = False
-        self.stopped = 0
+        self.stopped = self.begun = 0
         self.tail: collections.deque[str] = collections.deque(maxlen=500)
 
     def hear(self, line: str) -> None:
         if line == _BEGINS:
+            self.begun += 1
             self.lost = False
             self.tail.clear()
         self.lost = self.lost or machines.LOST in line
@@ -128,11 +129,15 @@ def help_out(plan: launch.Launch, log_file: Path) -> int:
     ears = _Ears()
     watcher = child.Watcher(lambda line, is_stdout: None, lambda: display.say(onlooker.STOPPING), lambda: False)
     with upstream.in_use(plan.clone):
+        display.say(f"the run's folder is on machine 0; what is printed here is in {log_file}")
         outcome = child.run(plan, log_file, ears.between(watcher, plan.machines))
     if outcome.exit_status == 0 and runs.checkpoint(plan.run_folder).is_file():
         return 0  # a signal that came when all was done
-    if outcome.signal:
-        return 128 + outcome.signal
+    if outcome.signal or ears.stopped:
+        display.say("the run was stopped")
+        return 128 + (outcome.signal or ears.stopped)
+    if outcome.exit_status == 0:
+        display.say("the run has finished")
     if outcome.exit_status and (error := machines.explain(ears.tail, plan.machines)):
         raise error
     return outcome.exit_status
@@ -153,7 +158,9 @@ def _end(folder: Path, record: runs.Record, outcome: child.Outcome, of: machines
     interrupted = bool(number) and not finished
     status = 128 + number if interrupted else outcome.exit_status
     end = {"ended": runs.now(), "exit_status": status}
-    record = {**record, **end, "attempts": [*record["attempts"][:-1], {**record["attempts"][-1], **end}]}
+    restarts = max(0, ears.begun - 1)
+    ended = {**record["attempts"][-1], **end, **({"restarts": restarts} if restarts else {})}
+    record = {**record, **end, "attempts": [*record["attempts"][:-1], ended]}
     record["status"] = "finished" if finished else "interrupted" if interrupted else "failed"
     record["model"] = {**record["model"], "commit": log.model_commit}
     record["data"] = {**record["data"], "commit": log.data_commit}
@@ -171,6 +178,8 @@ def _end(folder: Path, record: runs.Record, outcome: child.Outcome, of: machines
             f"train.py ended without an error, but left no {runs.checkpoint(folder)}.",
             f"Its output is in {folder / 'train.log'}.",
         )
+    if restarts:
+        display.say(f"begun again {restarts} times after a process had died, of --max-restarts {of.restarts}")
     if finished:
         _show_end(folder, record, log)
     else:
@@ -180,7 +189,8 @@ def _end(folder: Path, record: runs.Record, outcome: child.Outcome, of: machines
             again = (
                 ["sbatch", str(folder / slurm.SCRIPT)] if record.get("slurm") else ["ambersafe", "resume", str(folder)]
             )
-            display.say(f"to go on from {checkpoint}: {shlex.join(again)}")
+            on_others = " here, and with --node-rank N on the others" if of.count > 1 else ""
+            display.say(f"to go on from {checkpoint}: {shlex.join(again)}{on_others}")
         error = None if interrupted else machines.explain(ears.tail, of)
         if error:
             raise error

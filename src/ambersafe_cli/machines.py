@@ -99,12 +99,13 @@ def torchrun_words(machines: Machines, processes: int) -> list[str]:
         words += ["--max-restarts", str(machines.restarts)]
     if machines.count == 1 or machines.endpoint is None:
         return ["--standalone", *words]
+    waits = f"join_timeout={machines.patience},read_timeout={min(60, machines.patience)}"
     # Which machine has the meeting point, and which address it tells the others: torchrun would guess both from host
     # names, which on many clusters stand for 127.0.1.1.
     return [
         *("--nnodes", str(machines.count), *words),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", machines.endpoint),
-        *("--rdzv-conf", f"is_host={str(machines.number == 0).lower()},join_timeout={machines.patience}"),
+        *("--rdzv-conf", f"{waits},is_host={str(machines.number == 0).lower()}"),
         *("--local-addr", own_address(machines.endpoint)),
     ]
 
@@ -165,11 +166,11 @@ def meet(machines: Machines) -> None:
             family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
             with socket.socket(family, socket.SOCK_STREAM) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(("", port))
+                probe.bind((host, port))
         except OSError as error:
             raise MachinesError(
-                f"Port {port}, where the machines are to meet, cannot be opened here: {error.strerror}.",
-                "Another run may have it: give another one with --rdzv-endpoint on every machine.",
+                f"{machines.endpoint}, where the machines are to meet, cannot be opened here: {error.strerror}.",
+                "It has to be an address of machine 0, and a port that is free: give --rdzv-endpoint on each of them.",
             ) from error
         display.say(f"waiting for {machines.count - 1} more at {machines.endpoint}, {machines.patience} s at most")
         return
@@ -188,8 +189,18 @@ def meet(machines: Machines) -> None:
 
 def explain(lines: Iterable[str], machines: Machines) -> MachinesError | None:
     """What the output of a torchrun that has failed says of the machines, in one error; None if it says nothing."""
-    found = None
+    found = last = None
     for line in lines:
+        if (match := _DIED.search(line)) and int(match[1]) < 0:
+            last = MachinesError(
+                f"A process on machine {machines.number}, this one, was ended by signal {-int(match[1])}.",
+                "9 may be the system's, for want of memory. --max-restarts N begins again by itself.",
+            )
+        if _CLOSED.search(line):
+            last = last or MachinesError(
+                f"A process on another of the {machines.count} machines has ended; this one is {machines.number}.",
+                "What it said stands on that machine. --max-restarts N begins again by itself.",
+            )
         if line.startswith("error: the machines differ in "):
             return MachinesError(f"T{line.removeprefix('error: t').strip()}.", "Make them alike, and start again.")
         if LOST in line and line.startswith("error: "):
@@ -203,4 +214,9 @@ def explain(lines: Iterable[str], machines: Machines) -> MachinesError | None:
             found = found or MachinesError(
                 f"The meeting point {machines.endpoint} is gone: machine 0 has ended, or cannot be reached.", _HINT
             )
-    return found
+    return found or (last if machines.count > 1 else None)
+
+
+# torchrun's own table at its end, and the words of gloo, nccl and torchrun's store for a peer that is gone.
+_DIED = re.compile(r"^\s*exitcode\s*: (-?\d+)")
+_CLOSED = re.compile(r"Connection (closed|reset) by peer|remote process exited|Broken pipe")

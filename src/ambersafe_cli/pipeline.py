@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from ambersafe_cli import display, preflight, recipe, requests, runs, slurm, stages
+from ambersafe_cli.errors import AmberSafeError
 
 _OF_DPO = ("beta", "loss", "label_smoothing")
 # What sft and dpo have, and what is for one stage alone: there KEY=VALUE with the stage's name in front is the way.
@@ -33,7 +34,12 @@ def run(params: Mapping[str, Any]) -> int:
     reports = [_look(prepared) if sft.preflight else None for prepared in (first, second)]
     if sft.slurm:
         job = stages.queue(first, reports[0], sft)
-        stages.queue(second, reports[1], dpo, after=job)
+        try:
+            stages.queue(second, reports[1], dpo, after=job)
+        except AmberSafeError:
+            display.say(f"sft is queued all the same, as job {job}; when it has finished:")
+            display.say(shlex.join(first.next_command))
+            raise
         return 0
     display.say("--- sft ---")
     status = stages.start(first, reports[0], plain=sft.plain)

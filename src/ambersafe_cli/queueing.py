@@ -31,7 +31,14 @@ def submit(
         "slurm": {"job_id": None, "nodes": wish.nodes, "processes": processes},
     }
     runs.write(folder, queued)
-    job = slurm.submit(path, after)
+    try:
+        job = slurm.submit(path, after)
+    except SlurmError:
+        for each in (path, folder / "run.json"):  # or it would wait for ever for a job that there is not
+            each.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise
     try:
         queued["slurm"]["job_id"] = job
         runs.write(folder, queued)

@@ -28,6 +28,15 @@ SCRIPT = "slurm.sh"
 TRIES = 3
 """How often a run may be stopped without a new checkpoint before it is no longer queued again."""
 
+_OURS = frozenset(
+    (
+        "-N", "--nodes", "-n", "--ntasks", "--ntasks-per-node", "--gpus-per-node", "-p", "--partition", "-t", "--time",
+        "-A", "--account", "-J", "--job-name", "-o", "--output", "--open-mode", "--requeue", "--no-requeue", "--signal",
+        "-a", "--array", "-d", "--dependency", "-H", "--hold", "--parsable",
+    )
+)  # fmt: skip
+"""Options of sbatch that have a flag of their own, or that requeueing rests on."""
+
 WARNING = 300
 """Seconds before the time limit at which that is sent: a 7B model's checkpoint of 54 GB takes minutes."""
 
@@ -61,21 +70,29 @@ def from_flags(params: Mapping[str, Any]) -> Wish | None:
     if params.get("detach"):
         raise UsageError("--detach is not for --slurm: the job goes on by itself.", "Leave it away.")
     for text in params.get("sbatch") or ():
+        name = text.split("=")[0].split()[0] if text.strip() else ""
+        if name in _OURS:
+            raise UsageError(f"{name} is what ambersafe itself tells sbatch.", "Leave it away, or use the flag for it.")
         if not text.startswith("-"):
             raise UsageError(
                 f"Invalid value for '--sbatch': {text!r}.", "It is an option of sbatch, such as --qos=high."
             )
-    seconds = _seconds(params.get("time"))
+    time = params.get("time")
+    seconds = _seconds(time)
+    if time is not None and seconds is None and time.upper() not in ("UNLIMITED", "INFINITE"):
+        raise UsageError(
+            f"Invalid value for '--time': {time!r}.", "It is minutes, hours:minutes:seconds, or days-hours."
+        )
     if seconds is not None and seconds < 2 * WARNING:
         raise UsageError(
-            f"--time {params['time']} is too short: {WARNING // 60} minutes before its end the run saves and stops.",
+            f"--time {time} is {seconds} s, too short: {WARNING // 60} minutes before its end the run saves and stops.",
             f"Ask for {2 * WARNING // 60} minutes or more.",
         )
     return Wish(
         params.get("nodes") or 1,
         params.get("gpus_per_node"),
         params.get("partition"),
-        params.get("time"),
+        time,
         params.get("account"),
         tuple(params.get("sbatch") or ()),
     )
@@ -159,7 +176,7 @@ def submit(path: Path, after: str | None = None) -> str:
     Raises SlurmError.
     """
     behind = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
-    said = _ask(["sbatch", "--parsable", "--hold", *behind, str(path)], f"Slurm did not take {path}")
+    said = _ask(["sbatch", "--parsable", "--hold", *behind, str(path)], "Slurm did not take the job")
     return said.strip().partition(";")[0]
 
 
@@ -201,4 +218,4 @@ def _ask(command: list[str], failure: str, gone: str | None = None) -> str:
         return done.stdout
     if gone is not None and "Invalid job id" in said:
         return gone
-    raise SlurmError(f"{failure}: {said or f'exit status {done.returncode}'}", "The script stays where it is.")
+    raise SlurmError(f"{failure}: {said or f'exit status {done.returncode}'}", "Mend that, and give the command again.")
