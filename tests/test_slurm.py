@@ -237,7 +237,9 @@ def cluster(patched: Path) -> Iterator[slurm_cluster.Cluster]:
         pytest.skip(f"Slurm cannot be started: {why}")
     folder = Path(tempfile.mkdtemp(prefix="ambersafe-"))  # pytest's own is too long for its sockets
     try:
-        with slurm_cluster.running(folder) as started:
+        # The port where a job's machines meet comes from its number, and other tests have a Slurm on this machine too.
+        first = {"FirstJobId": str(100 + os.getpid() * 37 % 9000)}
+        with slurm_cluster.running(folder, settings=first) as started:
             yield started
     finally:
         shutil.rmtree(folder)
