@@ -77,7 +77,7 @@ def child(monkeypatch: pytest.MonkeyPatch) -> Iterator[Child]:
     """Import a script of the folder `children` into this process, as it finds its siblings when it is run."""
     monkeypatch.syspath_prepend(str(CHILDREN))
     yield importlib.import_module
-    for name in ("score_pairs", "generate", "load_policy", "answering", "preference_datasets", "utils"):
+    for name in ("score_pairs", "generate", "load_policy", "adapters", "answering", "preference_datasets", "utils"):
         sys.modules.pop(name, None)
 
 
@@ -89,6 +89,10 @@ def weights(model: Path, checkpoint: Path | None = None, **values: Any) -> dict[
         "dtype": "float32",
         "casts_buffers": False,
         "autocast": None,
+        "quantize": None,
+        "adapter_dtype": "float32",
+        "trained_rank": None,
+        "merges": False,
         **values,
     }
 

@@ -248,11 +248,11 @@ def request(base: Path, folder: Path, **changes: Any) -> dict[str, Any]:
     return {
         "checkpoint": str(base / "policy.pt"), "model": str(base), "revision": None, "tokenizer": str(base),
         "tokenizer_revision": None, "folder": str(folder), "dtype": None, "shard_bytes": 10**9,
-        "buffers": checkpoints.BUFFER.pattern, **changes,
+        "buffers": checkpoints.BUFFER.pattern, "merge": False, "base": str(base), **changes,
     }  # fmt: skip
 
 
-def peak(base: Path, dtype: str | None) -> int:
+def peak(base: Path, dtype: str | None, **changes: Any) -> int:
     """The most bytes that are resident at a time in the process that exports. Its own, so that it is no other's."""
     code = (
         "import resource, subprocess, sys\n"
@@ -261,7 +261,7 @@ def peak(base: Path, dtype: str | None) -> int:
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)"
     )
     folder = base.with_name(f"{base.name}-{dtype}")
-    asked = json.dumps(request(base, folder, dtype=dtype))
+    asked = json.dumps(request(base, folder, dtype=dtype, **changes))
     command = [sys.executable, "-c", code, asked, sys.executable, str(CHILDREN / "export_checkpoint.py")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -530,6 +530,7 @@ def test_the_folder_is_named_after_what_is_exported(trained: SimpleNamespace, tm
     assert export.default_folder(weights, trained.run / "policy.pt") == trained.run / "hugging_face"
     step = trained.run / "step-20" / "policy.pt"
     assert export.default_folder(weights, step) == trained.run / "hugging_face-step-20"
+    assert export.default_folder(weights, step, merge=True) == trained.run / "hugging_face-merged-step-20"
     shutil.copyfile(trained.checkpoint, tmp_path / "policy.pt")
     weights, checkpoint = export.find(str(tmp_path / "policy.pt"), str(trained.base))
     assert export.default_folder(weights, checkpoint) == tmp_path / "hugging_face"
@@ -558,6 +559,7 @@ def test_the_folder_is_named_after_what_is_exported(trained: SimpleNamespace, tm
         (("flipped.pt", "--model", "BASE"), 66, "flipped.pt: a byte of it is not what was written"),
         (("cut.pt",), 64, "nothing says what model it is of"),
         (("BASE",), 64, "names a model as it was published"),
+        (("RUN", "--out", "out", "--merge"), 64, "holds whole weights, no adapter"),
         (("no_such_run",), 64, "There is no run no_such_run"),
     ],
 )

@@ -241,3 +241,13 @@ def test_a_record_that_lacks_what_other_versions_did_not_write_has_a_card_all_th
 @pytest.mark.parametrize("text", ["a`b", "a|b", "a\nb", "  "])
 def test_what_others_have_named_stays_within_its_marks(text: str) -> None:
     assert re.fullmatch(r"`[^`|\n]*`", origins.code(text))
+
+
+@pytest.mark.parametrize(("values", "said"), [({}, False), ({"lora": True}, True)])
+def test_packages_of_adapters_are_named_where_there_is_one(tmp_path: Path, values: dict[str, Any], said: bool) -> None:
+    found = record("sft")
+    found["values"] |= values
+    found["python"]["packages"] |= {"peft": "0.21.2", "bitsandbytes": "0.50.2"}
+    text = card(tmp_path, found)
+    assert ("peft 0.21.2" in text) == said
+    assert "bitsandbytes" not in text

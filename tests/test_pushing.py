@@ -68,6 +68,14 @@ def test_weights_of_an_earlier_export_go_and_other_files_stay(push: Push, fake: 
     assert fake.repositories["models/org/x"]["main"] == {**FILES, "LICENSE": b"mine"}
 
 
+def test_an_adapter_of_an_earlier_export_goes_where_a_model_is_pushed(push: Push, fake: FakeHub) -> None:
+    earlier = {"adapter_model.safetensors": b"old", "adapter_config.json": b"old"}
+    fake.repositories["models/org/x"] = {"main": earlier}
+    done = push("org/x")
+    assert done.returncode == 0, done.stderr
+    assert fake.repositories["models/org/x"]["main"] == FILES
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -2,13 +2,13 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ambersafe_cli import by_hand, display, hub, integrity, models, recorded, runs, upstream
+from ambersafe_cli import by_hand, checkpoints, display, environment, hub, integrity, models, recorded, runs, upstream
 from ambersafe_cli import recipe as recipes
-from ambersafe_cli.errors import CloneError, HubError, UsageError
+from ambersafe_cli.errors import CloneError, HubError, TrainingEnvironmentError, UsageError
 
 # Where a run's config says nothing: upstream's own config, of which a bare model needs no more than this.
 _UPSTREAMS: Mapping[str, Any] = {
@@ -27,6 +27,7 @@ _UPSTREAMS: Mapping[str, Any] = {
     "mixed_precision": None,
     "model.reference_dtype": "float16",
     "loss.beta": None,
+    "lora_rank": None,
 }
 _TOKENIZING = ("max_length", "max_prompt_length", "keep_eos", "drop_eos", "shuffle_pairs", "template")
 
@@ -74,18 +75,37 @@ def tokenizing(config: Mapping[str, Any]) -> dict[str, Any]:
 @dataclass(frozen=True)
 class Precision:
     """What a model computes in: the type of its weights, whether its buffers have that type too, and the type that
-    autocast computes in where it is on."""
+    autocast computes in where it is on.
+
+    With an adapter the model's own weights may be quantized, to 4bit or 8bit. An adapter has a type of its own, and
+    what its rank is beyond `trained_rank` is the SFT stage's.
+    """
 
     dtype: str
     casts_buffers: bool = False
     autocast: str | None = None
+    quantize: str | None = None
+    adapter_dtype: str = "float32"
+    trained_rank: int | None = None
 
 
-def policy_precision(config: Mapping[str, Any]) -> Precision:
-    """Of the policy in training (trainers.py, FSDPTrainer.__init__ and BasicTrainer.autocast).
+def policy_precision(config: Mapping[str, Any], adapter: checkpoints.Adapter | None = None) -> Precision:
+    """Of the policy in training, which had this adapter or none (trainers.py, FSDPTrainer.__init__ and
+    BasicTrainer.autocast; adapters.py).
 
     FSDP's mixed precision casts the weights, and upstream's fsdp_policy_mp the buffers as well.
     """
+    found = _precision(config)
+    if adapter is None:
+        return found
+    adapter_dtype = found.dtype if _is_cast_by_fsdp(config) else "float32"
+    rank = config.get("lora_rank")
+    return replace(
+        found, quantize=adapter.quantize, adapter_dtype=adapter_dtype, trained_rank=rank if rank is None else int(rank)
+    )
+
+
+def _precision(config: Mapping[str, Any]) -> Precision:
     weights, mixed = str(config["model.policy_dtype"]), config["mixed_precision"]
     if "FSDP" not in str(config["trainer"]):
         return Precision(weights, autocast=mixed and str(mixed))
@@ -95,14 +115,32 @@ def policy_precision(config: Mapping[str, Any]) -> Precision:
     return Precision(str(mixed), casts_buffers=True) if mixed else Precision(weights)
 
 
-def reference_precision(config: Mapping[str, Any]) -> Precision:
-    """Of the reference model in training."""
+def _is_cast_by_fsdp(config: Mapping[str, Any]) -> bool:
+    return "FSDP" in str(config["trainer"]) and bool(config["mixed_precision"] or config["model.fsdp_policy_mp"])
+
+
+def reference_precision(config: Mapping[str, Any], adapter: checkpoints.Adapter | None = None) -> Precision:
+    """Of the reference model in training, where the policy had this adapter or none: with one they are one model, and
+    what the SFT stage trained is one adapter."""
+    if adapter:
+        return replace(policy_precision(config, adapter), trained_rank=None)
     mixed = None if "FSDP" in str(config["trainer"]) else config["mixed_precision"]
     return Precision(str(config["model.reference_dtype"]), autocast=mixed and str(mixed))
 
 
-def for_child(weights: models.Weights, precision: Precision) -> dict[str, Any]:
-    """Weights as children/load_policy.py takes them."""
+def adapter_of(weights: models.Weights) -> checkpoints.Adapter | None:
+    """The adapter that weights have, None without one. Raises ArchiveError if their checkpoint is not whole."""
+    return checkpoints.adapter_of(weights.checkpoint) if weights.checkpoint else None
+
+
+def for_child(weights: models.Weights, precision: Precision, merges: bool = False) -> dict[str, Any]:
+    """Weights as children/load_policy.py takes them. Only those of the model as published are quantized.
+
+    `merges`: an adapter of theirs is added to the weights, as in the reference model of full fine-tuning.
+    """
+    adapter = adapter_of(weights)
+    if weights.checkpoint and (adapter is None or adapter.on or merges):
+        precision = replace(precision, quantize=None)
     return {
         "label": weights.label,
         "model": weights.model,
@@ -110,6 +148,7 @@ def for_child(weights: models.Weights, precision: Precision) -> dict[str, Any]:
         "tokenizer": weights.tokenizer,
         "tokenizer_revision": weights.tokenizer_revision,
         "checkpoint": weights.checkpoint and str(weights.checkpoint),
+        "merges": merges,
         **asdict(precision),
     }
 
@@ -163,6 +202,20 @@ def rows(
     environment = {"SAFERLHF_DATASET": name, "SAFERLHF_REVISION": revision or ""}
     is_by_hand = run is not None and "environment" not in run.record
     return Rows(("saferlhf",), name, revision, environment, may_be_the_runs=is_by_hand)
+
+
+def require_packages(python: str, every: Sequence[models.Weights], quantize: Sequence[str | None]) -> None:
+    """Raise TrainingEnvironmentError if an interpreter lacks what adapters or quantized weights need."""
+    adapters = [weights.checkpoint for weights in every if adapter_of(weights)]
+    needs = [("peft", "lora", f"the adapter of {adapters[0]}")] if adapters else []
+    needs += [("bitsandbytes", "quantize", f"a model in {bits}") for bits in quantize if bits]
+    has = environment.probe(python).extras if needs else {}
+    for package, extra, what in needs:
+        if package not in has:
+            raise TrainingEnvironmentError(
+                f"{python} lacks {package}, which {what} needs.",
+                f"Install it there: `pip install 'ambersafe-cli[{extra}]'`, or name another interpreter with --python.",
+            )
 
 
 def require_there(every: Sequence[models.Weights], rows: Rows | None) -> None:

@@ -50,20 +50,73 @@ class _ShapesOnly(pickle.Unpickler):
         return _Storage()
 
 
-def policy_shapes(path: Path) -> Shapes:
-    """The shape of each tensor in a policy.pt. Raises ArchiveError if it is cut off or not upstream's."""
-    hint = "It was cut off, or it is another kind of file: take another checkpoint, or train it again."
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
+"""What lies beside the policy.pt of a LoRA run, in peft's format."""
+
+_QUANTIZED = (None, "4bit", "8bit")
+_HINT = "It was cut off, or it is another kind of file: take another checkpoint, or train it again."
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What the policy.pt of a LoRA run says of its adapter: the folder that it lies in, beside the policy.pt; the
+    SHA-256 of each of its files (ADAPTER_FILES); `on`, the policy.pt with the weights below it, None for those of the
+    model as it was published; and how those were quantized in training: "4bit", "8bit" or None."""
+
+    folder: Path
+    sha256: Mapping[str, str]
+    on: Path | None
+    quantize: str | None
+
+
+def adapter_of(path: Path) -> Adapter | None:
+    """The adapter that a policy.pt goes with; None for one with weights of its own. Its files are not looked at.
+
+    Raises ArchiveError if it is cut off or not upstream's.
+    """
+    said = _read_policy(path).get("adapter")
+    if said is None:
+        return None
     try:
-        content = _read_pickle(path)
+        sha256, on, quantize = dict(said["sha256"]), said["on"], said["quantize"]
+        is_known = set(sha256) == set(ADAPTER_FILES) and isinstance(on, str | None) and quantize in _QUANTIZED
+    except (KeyError, TypeError, ValueError):
+        is_known = False
+    if not is_known:
+        raise ArchiveError(f"{path} tells of an adapter of a kind that is not known here.", _HINT)
+    return Adapter(path.parent, sha256, Path(on) if on else None, quantize)
+
+
+def adapter_shapes(adapter: Adapter) -> Shapes:
+    """The shape of each tensor of an adapter, by peft's names. Raises ArchiveError if its file is not whole."""
+    path = adapter.folder / ADAPTER_FILES[0]
+    try:
+        return {name: shape for name, (shape, _) in safetensors_entries(path).items()}
     except Exception as error:
-        raise ArchiveError(f"{path} is not a whole checkpoint of upstream's: {error}", hint) from error
-    state = content.get("state") if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not {"step_idx", "metrics"} <= content.keys():
-        raise ArchiveError(f"{path} is not a checkpoint of upstream's: it lacks step_idx, state or metrics.", hint)
+        raise ArchiveError(f"{path} is not a whole adapter: {error}", "Copy its folder again.") from error
+
+
+def policy_shapes(path: Path) -> Shapes:
+    """The shape of each tensor in a policy.pt, none where it goes with an adapter.
+
+    Raises ArchiveError if it is cut off or not upstream's.
+    """
+    state = _read_policy(path)["state"]
     shapes = {name: shape for name, shape in state.items() if isinstance(shape, tuple)}
     if len(shapes) != len(state):
         raise ArchiveError(f"{path} is an optimizer.pt or the like, not a policy.pt.", "Give the policy.pt beside it.")
     return shapes
+
+
+def _read_policy(path: Path) -> dict[str, Any]:
+    try:
+        content = _read_pickle(path)
+    except Exception as error:
+        raise ArchiveError(f"{path} is not a whole checkpoint of upstream's: {error}", _HINT) from error
+    is_policy = isinstance(content, dict) and {"step_idx", "state", "metrics"} <= content.keys()
+    if not is_policy or not isinstance(content["state"], dict):
+        raise ArchiveError(f"{path} is not a checkpoint of upstream's: it lacks step_idx, state or metrics.", _HINT)
+    return dict(content)
 
 
 def _read_pickle(path: Path) -> Any:

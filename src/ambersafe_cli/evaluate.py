@@ -6,7 +6,8 @@ object, which is also what `--json` prints:
 - `schema` (1), `time` (UTC, ISO 8601), `ambersafe_version`
 - `model` and `reference` (null for none): `label`, `model`, `revision`, `checkpoint` (a policy.pt, or null for the
   published weights) and `run` (its name, or null)
-- `beta`; `settings`: those of the data iterator, by upstream's keys, and the types that were computed in
+- `beta`; `settings`: those of the data iterator, by upstream's keys, the types that were computed in, and `quantize`,
+  what the weights below an adapter were quantized to (null: they were not)
 - `data`: `datasets`, `name`, `revision`, `split`, `limit`, `pairs`, `prompts`, `left_out` (pairs that hold the EOS)
 - `figures`: by the names of figures.TITLES, each `value`, `low`, `high`, `pairs`, `prompts`; those of the reward only
   if there is a reference
@@ -61,8 +62,15 @@ def run(request: Request) -> None:
     config = as_trained.config(weights.run, request.template or weights.template)
     beta = request.beta or config["loss.beta"] or _default_beta()
     rows = as_trained.rows(weights.run, config, request.data, request.data_revision)
-    as_trained.require_there([weights, *([reference] if reference else [])], rows)
-    precision, of_reference = as_trained.policy_precision(config), as_trained.reference_precision(config)
+    every = [weights, *([reference] if reference else [])]
+    as_trained.require_there(every, rows)
+    adapter = as_trained.adapter_of(weights)
+    precision = as_trained.policy_precision(config, adapter)
+    of_reference = as_trained.reference_precision(config, adapter)
+    children = [as_trained.for_child(weights, precision)]
+    if reference:
+        children.append(as_trained.for_child(reference, of_reference, merges=adapter is None and not request.reference))
+    as_trained.require_packages(request.python, every, [child["quantize"] for child in children])
     answer = asking.ask(
         request.python,
         "score_pairs.py",
@@ -73,8 +81,8 @@ def run(request: Request) -> None:
             "limit": request.limit,
             "texts": request.pairs is not None,
             "batch_size": request.batch_size,
-            "policy": as_trained.for_child(weights, precision),
-            "reference": reference and as_trained.for_child(reference, of_reference),
+            "policy": children[0],
+            "reference": children[1] if reference else None,
             "settings": as_trained.tokenizing(config),
             "evaluation": _upstreams_evaluation(request, weights, rows, config),
         },
@@ -95,6 +103,7 @@ def run(request: Request) -> None:
             **as_trained.tokenizing(config),
             "policy_dtype": precision.autocast or precision.dtype,
             "reference_dtype": (of_reference.autocast or of_reference.dtype) if reference else None,
+            "quantize": precision.quantize,
         },
         "data": {
             "datasets": list(rows.datasets),

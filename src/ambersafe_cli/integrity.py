@@ -1,14 +1,17 @@
 """Whether what torch.save wrote is still as it was written. Without torch: the file is a zip archive, not compressed.
 
 Together with the CRC-32 of each member this covers every byte that torch.load goes by: a test flips them one by one.
+The files of an adapter lie beside the policy.pt, which has their SHA-256.
 """
 
+import hashlib
 import struct
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from ambersafe_cli import checkpoints
 from ambersafe_cli.errors import ArchiveError
 
 # What the end of an archive says of its directory, in a record of 16 and 32 bits and, always with torch, one of 64.
@@ -23,7 +26,8 @@ _FLAGS = 0x0808  # names in UTF-8, sizes behind the data
 def damage(path: Path) -> str | None:
     """Why a file of torch.save's is not as it was written: missing, cut off, or a byte is another. None if it is whole.
 
-    It reads the whole file, at the speed of the disk or of CRC-32, which the archive holds of each of its members.
+    Of a policy.pt that goes with an adapter, the same of the adapter's files. It reads the whole file, at the speed of
+    the disk or of CRC-32, which the archive holds of each of its members.
     """
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
@@ -33,13 +37,38 @@ def damage(path: Path) -> str | None:
         return "it is missing"
     except Exception as error:  # what the reader of a zip archive raises for arbitrary bytes is nowhere written down
         return f"it is cut off or damaged ({error or type(error).__name__})"
-    return f"a byte of it is not what was written ({bad})" if bad else None
+    return f"a byte of it is not what was written ({bad})" if bad else _damage_of_adapter(path)
+
+
+def _damage_of_adapter(path: Path) -> str | None:
+    """Why the files of the adapter beside a policy.pt are not those that were saved with it."""
+    try:
+        adapter = checkpoints.adapter_of(path)
+    except ArchiveError:  # an optimizer.pt or the like, which has none
+        return None
+    for name, digest in adapter.sha256.items() if adapter else ():
+        try:
+            with (path.parent / name).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            return f"its adapter's {name} is not beside it ({error.strerror})"
+        if found != digest:
+            return f"the {name} beside it is not the one that was saved with it"
+    return None
 
 
 def require_whole(path: Path) -> None:
-    """Raise ArchiveError for a checkpoint that is not as it was written."""
+    """Raise ArchiveError for a checkpoint that is not as it was written, or whose adapter is on one that is not."""
     if found := damage(path):
-        raise ArchiveError(f"{path}: {found}.", "Take another checkpoint, or train it again.")
+        hint = "Take another checkpoint, or train it again."
+        if "beside it" in found:
+            hint = f"Copy {' and '.join(checkpoints.ADAPTER_FILES)} together with it, or take another checkpoint."
+        raise ArchiveError(f"{path}: {found}.", hint)
+    adapter = checkpoints.adapter_of(path)
+    if adapter and adapter.on and (found := damage(adapter.on)):
+        raise ArchiveError(
+            f"{adapter.on}, whose weights are below the adapter of {path}: {found}.", "Put it back where it was."
+        )
 
 
 def _require_sound_directory(file: BinaryIO, members: Sequence[zipfile.ZipInfo]) -> None:

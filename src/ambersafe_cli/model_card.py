@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ambersafe_cli import by_hand, models, origins, runs, show
+from ambersafe_cli import by_hand, checkpoints, models, origins, runs, show
 from ambersafe_cli.origins import code, link, number
 
 _UPSTREAMS_OWN = {"hh", "shp", "se"}
@@ -29,7 +29,8 @@ _LIMITS = (
 class Subject:
     """What a card is about: the weights; `name`, by which they can be loaded; what their policy.pt says of itself
     (`step`, the examples trained on, and `metrics`) and its fingerprint; the dtype and the number of parameters of the
-    exported files; `base_commit`, at which the model's config was read, if it is on the hub."""
+    exported files; `base_commit`, at which the model's config was read, if it is on the hub; `adapter`, if it is a LoRA
+    checkpoint, and whether it is merged into the model's weights, or is all that there is."""
 
     weights: models.Weights
     name: str
@@ -39,6 +40,13 @@ class Subject:
     dtype: str
     parameters: int
     base_commit: str | None
+    adapter: checkpoints.Adapter | None = None
+    is_merged: bool = False
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the files hold an adapter alone."""
+        return self.adapter is not None and not self.is_merged
 
 
 def render(subject: Subject) -> str:
@@ -70,13 +78,16 @@ def render(subject: Subject) -> str:
 def _front_matter(subject: Subject, stages: list[runs.Run]) -> str:
     names = list(dict.fromkeys(filter(None, map(origins.data_name, stages))))
     known = [origins.LICENCES[name] for name in names if name in origins.LICENCES]
-    matter: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    library, relation = ("peft", "adapter") if subject.is_adapter else ("transformers", "finetune")
+    matter: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
     if origins.is_on_hub(subject.weights.model):
-        matter |= {"base_model": subject.weights.model, "base_model_relation": "finetune"}
+        matter |= {"base_model": subject.weights.model, "base_model_relation": relation}
     if on_hub := [name for name in names if origins.is_on_hub(name)]:
         matter["datasets"] = on_hub
     matter["license"] = known[0] if known else "unknown"
     matter["tags"] = [*(str(run.record["stage"]) for run in stages), "safety", "alignment", "ambersafe-cli"]
+    if subject.adapter:
+        matter["tags"] += ["lora"]
     return f"---\n{yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)}---"
 
 
@@ -98,9 +109,31 @@ def _summary(subject: Subject, stages: list[runs.Run]) -> str:
         lines.append("How and on what it was trained is not recorded beside its checkpoint.")
     examples = f", as they were after {subject.step:,} training examples" if subject.step else ""
     of_stage = " of the last stage" if examples and len(stages) > 1 else ""
-    lines.append(f"These are {subject.parameters:,} parameters in {subject.dtype}{examples}{of_stage}.")
+    of_adapter = " of an adapter (LoRA)" if subject.is_adapter else ""
+    lines.append(f"These are {subject.parameters:,} parameters{of_adapter} in {subject.dtype}{examples}{of_stage}.")
+    lines += _adapter(subject)
     after = f", after {' and '.join(map(origins.name_of, stages))}" if stages else ", trained"
     return f"# {Path(subject.weights.model).name}{after}\n\n{' '.join(lines)}"
+
+
+_QUANTIZED = {"4bit": "4 bits (NF4 with double quantization)", "8bit": "8 bits (LLM.int8)"}
+
+
+def _adapter(subject: Subject) -> Iterator[str]:
+    """What there is to say of the weights below an adapter, and of how it was merged."""
+    if subject.adapter is None:
+        return
+    if subject.is_merged:
+        on = (
+            "the weights, fully fine-tuned, that it was trained on" if subject.adapter.on else "those of the base model"
+        )
+        yield f"An adapter ([LoRA](https://arxiv.org/abs/2106.09685)) was trained, and added here to {on} in float32."
+    if bits := subject.adapter.quantize:
+        here = "here they are not" if subject.is_merged else "on the base model as it was published they are not"
+        yield (
+            f"In training the weights below it were quantized to {_QUANTIZED[bits]}; {here}, and log-probabilities "
+            "differ a little from those of the training."
+        )
 
 
 def _loss(run: runs.Run) -> str:
@@ -125,20 +158,36 @@ _TEMPLATES: Mapping[str | None, tuple[str, str]] = {
 """By the template of a run: the lines that make a text of a prompt, and what there is to say."""
 
 
+_MODEL_LOADING = (
+    ["from transformers import AutoModelForCausalLM, AutoTokenizer"],
+    ["model = AutoModelForCausalLM.from_pretrained(name)"],
+)
+_ADAPTER_LOADING = (
+    ["from peft import PeftConfig, PeftModel", "from transformers import AutoModelForCausalLM, AutoTokenizer"],
+    [
+        "config = PeftConfig.from_pretrained(name)",
+        "base = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, revision=config.revision)",
+        "model = PeftModel.from_pretrained(base, name)",
+    ],
+)
+"""What is imported for, and what loads, a model and an adapter."""
+
+
 def _use(subject: Subject) -> Iterator[str]:
     run, template = subject.weights.run, subject.weights.template
     own = run.setting("datasets") if run else None
     if template is None and isinstance(own, list) and own and set(map(str, own)) <= _UPSTREAMS_OWN:
         template = "hh"
     lines, words = _TEMPLATES.get(template, _TEMPLATES[None])
+    imports, loading = _ADAPTER_LOADING if subject.is_adapter else _MODEL_LOADING
     yield "\n".join(
         [
             "```python",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            *imports,
             "",
             f"name = {json.dumps(subject.name)}",
             "tokenizer = AutoTokenizer.from_pretrained(name)",
-            "model = AutoModelForCausalLM.from_pretrained(name)",
+            *loading,
             "",
             lines,
             'inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")',

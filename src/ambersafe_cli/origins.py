@@ -19,6 +19,9 @@ _HUB = "https://huggingface.co"
 LICENCES = {recipes.HUB_DATASET: "cc-by-nc-4.0"}
 """Of data, by its card on the hub."""
 
+_NEEDED_BY = {"lora": "peft", "quantize": "bitsandbytes"}
+"""Packages that took part where a setting asked for it."""
+
 _TOLD_ELSEWHERE = re.compile(
     r"(wandb\b.*|local_.*|hydra\b.*|debug|fsdp_port|model|model\.(name_or_path|archive|revision)|datasets)"
 )
@@ -187,7 +190,7 @@ def _provenance(run: runs.Run) -> Iterator[str]:
     processes = record.get("processes")
     yield f"ran on {where}{f', in {processes} processes' if isinstance(processes, int) and processes > 1 else ''}."
     yield f"ran the code of {'; '.join(_code(_mapping(record, 'upstream')))}."
-    yield f"used {', '.join(_versions(record))}."
+    yield f"used {', '.join(_versions(run))}."
 
 
 def _code(clone: Mapping[str, Any]) -> Iterator[str]:
@@ -200,12 +203,13 @@ def _code(clone: Mapping[str, Any]) -> Iterator[str]:
         yield f"which had been edited: {', '.join(map(code, touched))}"
 
 
-def _versions(record: Mapping[str, Any]) -> Iterator[str]:
-    python = _mapping(record, "python")
-    yield f"ambersafe-cli {record.get('ambersafe_version')}"
+def _versions(run: runs.Run) -> Iterator[str]:
+    python = _mapping(run.record, "python")
+    yield f"ambersafe-cli {run.record.get('ambersafe_version')}"
     yield f"Python {python.get('version')}"
     packages = _mapping(python, "packages")
-    for name in ("torch", "transformers", "tokenizers", "accelerate", "datasets"):
+    of_adapters = [package for key, package in _NEEDED_BY.items() if run.setting(key)]
+    for name in ("torch", "transformers", "tokenizers", "accelerate", "datasets", *of_adapters):
         if packages.get(name):
             yield f"{name} {packages[name]}"
 

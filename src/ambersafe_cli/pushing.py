@@ -9,8 +9,12 @@ from typing import Any
 from ambersafe_cli import display, hub
 from ambersafe_cli.errors import ExportError, UsageError
 
-_OF_AN_EARLIER_ONE = ["model*.safetensors", "model.safetensors.index.json"]
-"""Weights in the repository that are not in the folder go: transformers takes model.safetensors before an index."""
+_OF_AN_EARLIER_ONE = [
+    "model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json",
+    "adapter_model.safetensors", "adapter_config.json",
+]  # fmt: skip
+"""What in the repository is not in the folder goes: transformers takes model.safetensors before an index, and where
+both an adapter and a model lie, programs differ in which they take."""
 
 
 def require_name(repo: str) -> None:

@@ -53,17 +53,18 @@ def run(request: Request) -> None:
     config = as_trained.config(sampled.run, request.template or sampled.template)
     rows = None if given else as_trained.rows(sampled.run, config)
     as_trained.require_there(every, rows)
-    precision = as_trained.policy_precision(config)
+    # What the adapter of the run was trained on is what its base model is quantized to as well.
+    own = as_trained.adapter_of(sampled)
+    precisions = [as_trained.policy_precision(config, as_trained.adapter_of(each) or own) for each in every]
+    children = [as_trained.for_child(each, precision) for each, precision in zip(every, precisions, strict=True)]
+    as_trained.require_packages(request.python, every, [child["quantize"] for child in children])
     templates = [_template(request, each, config["template"]) for each in every]
     answer = asking.ask(
         request.python,
         "generate.py",
         {
             "clone": str(as_trained.clone(sampled.run, request.clone)),
-            "models": [
-                {**as_trained.for_child(each, precision), "template": template}
-                for each, template in zip(every, templates, strict=True)
-            ],
+            "models": [{**child, "template": template} for child, template in zip(children, templates, strict=True)],
             "prompts": given,
             "rows": rows and {"datasets": rows.datasets, "split": "test", "count": DEFAULT_PROMPTS},
             "max_new_tokens": request.max_new_tokens,

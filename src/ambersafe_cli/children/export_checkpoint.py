@@ -2,17 +2,22 @@
 
 Runs under the training interpreter. The request: `checkpoint`; `model` and `tokenizer`, each a folder or a name on the
 hub, with `revision` and `tokenizer_revision`; `folder`, which is there and empty; `dtype`, or null for that of each
-tensor; `shard_bytes`, how large a file of weights may get; `buffers`, a pattern for names that are no weights.
-The answer: `dtype`, that of most weights; `tensors`, of each in the files its shape and dtype; `left_out`, the names in
-the checkpoint that no file has; `renamed`, whether files have other names or layouts than the checkpoint; `metrics` and
-`step_idx` as the checkpoint has them; `commit`, that of the model on the hub, if it is from there.
+tensor; `shard_bytes`, how large a file of weights may get; `buffers`, a pattern for names that are no weights; `merge`:
+whether the adapter of a LoRA checkpoint is added to the model's weights, or else written as it is, as a folder that
+peft loads; `base`, what that folder calls the model.
+The answer: `dtype`, that of most weights; `tensors`, of each in the files its shape and dtype; `shapes`, of each weight
+of the checkpoint; `left_out`, those that no file has; `renamed`, whether files have other names or layouts than the
+checkpoint; `metrics` and `step_idx` as the checkpoint has them; `commit`, that of the model on the hub, if it is from
+there.
 
 The model is never built: tensors go from the mapped checkpoint to the files piece by piece. What is to be in the files
-is asked of the model's class, on the meta device, which has shapes and no numbers.
+is asked of the model's class, on the meta device, which has shapes and no numbers. Only where an adapter is added to
+the weights of the model as it was published, these are loaded, in the type that they were published in.
 """
 
 import errno
 import fnmatch
+import glob
 import json
 import os
 import re
@@ -21,13 +26,17 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
+import safetensors
 import torch
 import transformers
+from safetensors.torch import load_file
 from transformers.core_model_loading import revert_weight_conversion
 
 if TYPE_CHECKING:
+    from ambersafe_cli.children import adapters
     from ambersafe_cli.children.answering import Problem, Progress, answer, innermost
 else:
+    import adapters
     from answering import Problem, Progress, answer, innermost
 
 State = dict[str, torch.Tensor]
@@ -40,6 +49,7 @@ DTYPES = {
 PIECE = 2**22
 """Numbers that are converted and written at a time: 16 MiB of float32."""
 
+WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 CONFIGS = ("config.json", "generation_config.json")
 TOKENIZER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
@@ -85,6 +95,44 @@ def open_checkpoint(path: str) -> tuple[State, dict[str, Any]]:
     except Exception as error:
         raise Problem("checkpoint", f"{path} cannot be read: {innermost(error)}") from error
     return dict(state), dict(saved)
+
+
+def published(name: str, revision: str | None) -> State:
+    """The weights of a model as it was published, by the names in a checkpoint, in the type of its files."""
+    kind: Any = transformers.AutoModelForCausalLM
+    try:
+        folder = files_of(name, revision, (*CONFIGS, *WEIGHTS), "weights")
+        model, found = kind.from_pretrained(folder, dtype=dtype_of_files(folder), output_loading_info=True)
+        if found["missing_keys"]:
+            raise ValueError(f"{', '.join(sorted(found['missing_keys'])[:3])} missing")
+    except (torch.OutOfMemoryError, MemoryError, Problem):
+        raise
+    except Exception as error:
+        raise Problem("model", f"Cannot load the weights of {name}: {innermost(error)}") from error
+    return dict(model.state_dict())
+
+
+def dtype_of_files(folder: str) -> torch.dtype:
+    """What weights can be loaded in without rounding any: the type that all of them are in, or float32."""
+    kinds = set()
+    for path in glob.glob(os.path.join(glob.escape(folder), "model*.safetensors")):
+        with safetensors.safe_open(path, "pt") as file:
+            kinds |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(" ".join(kinds), torch.float32)
+
+
+def merge(model: Any, state: State, folder: str, dtype: Any, progress: Progress) -> None:
+    """Add an adapter to the weights of a state, each in float32, and keep the sums in a dtype.
+
+    `model` has shapes alone; it gets the adapter. Raises ValueError for sums that the dtype does not have.
+    """
+    adapters.add(model, folder, torch.float32)
+    layers = adapters.layers_of(model)
+    for number, (name, _, delta) in enumerate(adapters.deltas(model)):
+        progress("merging the adapter", number / len(layers))
+        if f"{name}.weight" not in state:
+            raise Problem("checkpoint", f"The weights below the adapter in {folder} lack {name}.weight.")
+        state[f"{name}.weight"] = converted(f"{name}.weight", state[f"{name}.weight"].float() + delta, dtype)
 
 
 def fit(model: Any, state: State, buffers: str) -> tuple[State, list[str], bool]:
@@ -176,10 +224,16 @@ def write_file(path: str, tensors: State, dtype: torch.dtype | None) -> Iterator
         for name, tensor in parts:
             flat: Any = tensor.detach().contiguous().reshape(-1)
             for piece in flat.split(PIECE):
-                converted = piece.to(dtype_in_files(tensor, dtype))
-                if converted.dtype != piece.dtype and not is_as_finite(converted, piece):
-                    raise ValueError(f"{name} holds numbers that are too large for {str(dtype).removeprefix('torch.')}")
-                yield file.write(converted.view(torch.uint8).numpy().data) if piece.numel() else 0
+                new = converted(name, piece, dtype_in_files(tensor, dtype))
+                yield file.write(new.view(torch.uint8).numpy().data) if piece.numel() else 0
+
+
+def converted(name: str, numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The same in another dtype. Raises ValueError if one of them is too large for it."""
+    new = numbers.to(dtype)
+    if new.dtype != numbers.dtype and not is_as_finite(new, numbers):
+        raise ValueError(f"{name} holds numbers that are too large for {str(dtype).removeprefix('torch.')}")
+    return new
 
 
 def is_as_finite(converted: torch.Tensor, numbers: torch.Tensor) -> bool:
@@ -274,42 +328,92 @@ def main(request: Any, progress: Progress) -> dict[str, Any]:
     progress("opening the model's config and tokenizer", 0.0)
     source = files_of(name, request["revision"], CONFIGS, "config")
     tokenizer = files_of(request["tokenizer"], request["tokenizer_revision"], ("config.json", *TOKENIZER), "tokenizer")
-    model = empty_model(source, name)
+    commit = os.path.basename(source) if source != name else None
     state, saved = open_checkpoint(request["checkpoint"])
+    adapter = saved.get("adapter")
     try:
-        tensors, left_out, renamed = fit(model, state, request["buffers"])
-    except ValueError as error:
-        raise Problem("checkpoint", f"{request['checkpoint']} holds no weights of {name}: {error}") from error
-    dtype = getattr(torch, request["dtype"]) if request["dtype"] else None
-    kinds: dict[torch.dtype, int] = {}
-    for tensor in tensors.values():
-        kind = dtype_in_files(tensor, dtype)
-        kinds[kind] = kinds.get(kind, 0) + tensor.numel() * kind.is_floating_point
-    most = str(max(kinds, key=lambda kind: kinds[kind])).removeprefix("torch.")
-    try:
-        write_weights(folder, tensors, dtype, request["shard_bytes"], progress)
-        progress("writing config and tokenizer", 1.0)
-        write_configs(folder, source, model, most)
+        if adapter is not None and not request["merge"]:
+            written = write_adapter(request, source, progress)
+        else:
+            written = write_model(request, source, state, adapter, progress)
+        progress("writing the tokenizer", 1.0)
         write_tokenizer(folder, tokenizer, request["tokenizer"])
     except ValueError as error:
         raise Problem("usage", f"{error}.") from error
     except OSError as error:
         what = "The disk is full" if error.errno in _NO_ROOM else "It cannot be written"
         raise Problem("folder", f"{what}: {error.strerror}.") from error
-    require_loading(folder)
-    commit = os.path.basename(source) if source != name else None
     metrics = saved.get("metrics")
     return {
-        "dtype": most,
-        "tensors": {n: [list(t.shape), DTYPES[dtype_in_files(t, dtype)]] for n, t in tensors.items()},
-        "left_out": left_out,
-        "renamed": renamed,
+        **written,
         "step_idx": saved.get("step_idx"),
         "metrics": {k: v for k, v in metrics.items() if isinstance(v, int | float)}
         if isinstance(metrics, dict)
         else {},
         "commit": commit,
     }
+
+
+def write_model(
+    request: Any, source: str, state: State, adapter: dict[str, Any] | None, progress: Progress
+) -> dict[str, Any]:
+    """Write weights and configs as transformers loads them, of a LoRA checkpoint with its adapter merged."""
+    name, folder = request["model"], request["folder"]
+    dtype = getattr(torch, request["dtype"] or "float32") if request["dtype"] or adapter else None
+    if adapter is not None:
+        progress("loading the weights below the adapter", 0.0)
+        state = open_checkpoint(adapter["on"])[0] if adapter["on"] else published(name, request["revision"])
+        merge(empty_model(source, name), state, os.path.dirname(request["checkpoint"]), dtype, progress)
+    model = empty_model(source, name)
+    try:
+        tensors, left_out, renamed = fit(model, state, request["buffers"])
+    except ValueError as error:
+        raise Problem("checkpoint", f"{request['checkpoint']} holds no weights of {name}: {error}") from error
+    most = most_common(tensors, dtype)
+    write_weights(folder, tensors, dtype, request["shard_bytes"], progress)
+    write_configs(folder, source, model, most)
+    require_loading(folder)
+    return {
+        "dtype": most,
+        "tensors": described(tensors, dtype),
+        "shapes": {name: list(tensor.shape) for name, tensor in state.items()},
+        "left_out": left_out,
+        "renamed": renamed,
+    }
+
+
+def write_adapter(request: Any, source: str, progress: Progress) -> dict[str, Any]:
+    """Write the adapter of a LoRA checkpoint as peft loads it: its weights byte for byte, unless in another dtype."""
+    folder, beside = request["folder"], os.path.dirname(request["checkpoint"])
+    dtype = getattr(torch, request["dtype"]) if request["dtype"] else None
+    adapters.add(empty_model(source, request["model"]), beside, torch.float32)  # or it is another model's
+    path = os.path.join(beside, adapters.WEIGHTS)
+    tensors: State = load_file(path)
+    progress("writing the adapter", 0.5)
+    if any(dtype_in_files(tensor, dtype) != tensor.dtype for tensor in tensors.values()):
+        list(write_file(os.path.join(folder, adapters.WEIGHTS), tensors, dtype))
+    else:
+        shutil.copyfile(path, os.path.join(folder, adapters.WEIGHTS))
+    with open(os.path.join(beside, adapters.CONFIG), encoding="utf-8") as file:
+        config = json.load(file)
+    commit = os.path.basename(source) if source != request["model"] else None
+    own = {"base_model_name_or_path": request["base"], "revision": commit, "inference_mode": True}
+    write_json(os.path.join(folder, adapters.CONFIG), {**config, **own})
+    return {"dtype": most_common(tensors, dtype), "tensors": described(tensors, dtype)}
+
+
+def most_common(tensors: State, dtype: torch.dtype | None) -> str:
+    """The type of most numbers in the files."""
+    kinds: dict[torch.dtype, int] = {}
+    for tensor in tensors.values():
+        kind = dtype_in_files(tensor, dtype)
+        kinds[kind] = kinds.get(kind, 0) + tensor.numel() * kind.is_floating_point
+    return str(max(kinds, key=lambda kind: kinds[kind])).removeprefix("torch.")
+
+
+def described(tensors: State, dtype: torch.dtype | None) -> dict[str, Any]:
+    """The shape and dtype of each tensor in the files."""
+    return {name: [list(t.shape), DTYPES[dtype_in_files(t, dtype)]] for name, t in tensors.items()}
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Load upstream's data code, a tokenizer and weights as train.py does; shared by score_pairs.py and generate.py.
 
-Runs under the training interpreter. Upstream: train.py, main(), and trainers.py, BasicTrainer.__init__().
+Runs under the training interpreter. Upstream: train.py, main(), trainers.py, BasicTrainer.__init__(), utils.py,
+load_model() and load_archive(), and adapters.py.
 """
 
 import gc
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +13,10 @@ import torch
 import transformers
 
 if TYPE_CHECKING:
+    from ambersafe_cli.children import adapters
     from ambersafe_cli.children.answering import Problem, innermost
 else:
+    import adapters
     from answering import Problem, innermost
 
 torch.backends.cuda.matmul.allow_tf32 = True  # as train.py
@@ -20,7 +24,9 @@ torch.backends.cuda.matmul.allow_tf32 = True  # as train.py
 Weights = dict[str, Any]
 """Which weights: label, model and its revision, tokenizer and tokenizer_revision, checkpoint (a policy.pt or null),
 dtype, casts_buffers: whether buffers have that dtype as well, as FSDP's mixed precision has it, and autocast: the dtype
-that autocast computes in, or null."""
+that autocast computes in, or null; quantize: 4bit, 8bit or null, of the model's weights. Where the checkpoint is an
+adapter: adapter_dtype, trained_rank (see adapters.add, or null), and merges: whether it is added to the weights, as
+full fine-tuning that begins with it does."""
 
 
 def open_clone(folder: str) -> Any:
@@ -53,7 +59,9 @@ def load_model(weights: Weights) -> tuple[Any, dict[str, Any]]:
     On GPUs if there are any, spread over them as upstream's BasicTrainer does.
     """
     dtype = getattr(torch, weights["dtype"])
-    places = {"device_map": "balanced"} if torch.cuda.is_available() else {}
+    places: dict[str, Any] = {"device_map": "balanced"} if torch.cuda.is_available() else {}
+    if weights["quantize"]:
+        places |= {"quantization_config": quantization(weights["quantize"])}
     kind: Any = transformers.AutoModelForCausalLM
     try:
         model = kind.from_pretrained(weights["model"], revision=weights["revision"] or "main", dtype=dtype, **places)
@@ -61,9 +69,11 @@ def load_model(weights: Weights) -> tuple[Any, dict[str, Any]]:
         raise
     except Exception as error:
         raise Problem("model", f"Cannot load the model {weights['model']}: {innermost(error)}") from error
+    for module in model.modules() if weights["quantize"] else ():
+        module.support_avx512bf16_for_cpu = False  # as in training: the other way of computing rounds otherwise
     saved: dict[str, Any] = {}
     if weights["checkpoint"]:
-        saved = load_checkpoint(model, weights)
+        saved = load_checkpoint(model, weights, weights["checkpoint"])
     if weights["casts_buffers"]:
         model.to(dtype)
     if weights["autocast"]:
@@ -71,19 +81,46 @@ def load_model(weights: Weights) -> tuple[Any, dict[str, Any]]:
     return model.eval(), saved
 
 
-def load_checkpoint(model: Any, weights: Weights) -> dict[str, Any]:
-    path = weights["checkpoint"]
+def quantization(bits: str) -> Any:
+    """As utils.py, quantization(): NF4 of QLoRA (https://arxiv.org/abs/2305.14314), or LLM.int8."""
+    kind: Any = transformers.BitsAndBytesConfig
+    if bits == "8bit":
+        return kind(load_in_8bit=True)
+    return kind(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def load_checkpoint(model: Any, weights: Weights, path: str) -> dict[str, Any]:
+    """Give a model the weights of a policy.pt, or its adapter, and return what else it holds."""
     try:
         saved = torch.load(path, map_location="cpu", mmap=True)
         state = saved.pop("state")
     except Exception as error:
         raise Problem("checkpoint", f"{path} cannot be read: {innermost(error)}") from error
+    if "adapter" in saved:
+        if saved["adapter"]["on"]:
+            load_checkpoint(model, weights, saved["adapter"]["on"])
+        load_adapter(model, weights, os.path.dirname(path))
+        return dict(saved)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         said = f"{innermost(error):.300}"
         raise Problem("checkpoint", f"{path} holds no weights of {weights['model']}: {said}") from error
     return dict(saved)
+
+
+def load_adapter(model: Any, weights: Weights, folder: str) -> None:
+    if weights["merges"]:
+        adapters.merge(model, folder)
+        return
+    adapters.add(model, folder, getattr(torch, weights["adapter_dtype"]), weights["trained_rank"])
+    for layer in adapters.layers_of(model).values():
+        layer.cast_input_dtype_enabled = not weights["autocast"]
 
 
 def require_fitting(tokenizer: Any, weights: Weights, model: Any) -> None:
