@@ -170,6 +170,8 @@ def test_recipes_are_listed_printed_and_given_as_json(ambersafe: Ambersafe) -> N
     assert "loss.beta: 0.1" in printed
     assert [each["source"] for each in json.loads(ambersafe("recipes", "--json").stdout)] == [
         "ambersafe",
+        "ambersafe-lora",
+        "ambersafe-qlora",
         "best",
         "tiny",
     ]

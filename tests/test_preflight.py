@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_real_upstream import model  # noqa: F401, a fixture
 
-from ambersafe_cli import checkpoints, demo, plans
+from ambersafe_cli import checkpoints, demo
 from ambersafe_cli.errors import ArchiveError
 
 pytestmark = pytest.mark.slow
@@ -267,45 +267,6 @@ for _ in range(300):
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("mixed", [None, "bfloat16"])
-def test_activations_are_reckoned_as_autograd_keeps_them(model: Path, mixed: str | None) -> None:  # noqa: F811
-    """The plan's arithmetic against the tensors that autograd saves in a forward pass, each storage once.
-
-    But for the weights, and for what autocast makes of them.
-    """
-    import torch
-    import transformers
-
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    weights = {shape for each in loaded.parameters() for shape in (tuple(each.shape), tuple(reversed(each.shape)))}
-    saved: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    tokens = torch.randint(0, 1000, (4, 100))
-    with (
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=mixed is not None),
-    ):
-        output = loaded.model(tokens, attention_mask=torch.ones_like(tokens))
-    measured = sum(t.untyped_storage().nbytes() for t in saved.values() if tuple(t.shape) not in weights)
-    assert output.last_hidden_state.requires_grad
-
-    config = {"policy_dtype": "float32", "reference_dtype": "float32"}
-    config = {f"model.{key}": value for key, value in config.items()}
-    settings = {"optimizer": "RMSprop", "batch_size": 8, "gradient_accumulation_steps": 2, "eval_every": 8}
-    more = {"n_epochs": 1, "n_examples": None, "do_first_eval": True, "activation_checkpointing": False}
-    split = {"examples": 64, "sampled": {"tokens_longest": 100}}
-    shapes = checkpoints.model_shapes(model)
-    whole = {**config, **settings, **more, "trainer": "BasicTrainer", "mixed_precision": mixed}
-    plan = plans.make_plan("sft", 1, model, whole, {"splits": {"train": split}}, shapes)
-    assert plan.memory
-    (activations,) = (part.bytes for part in plan.memory if part.name == "activations")
-    assert activations == pytest.approx(measured, rel=0.1)
 
 
 def test_models_as_they_were_saved_years_ago_fit_their_checkpoints(tmp_path: Path) -> None:

@@ -189,4 +189,4 @@ def test_a_malformed_recipe_is_an_error_that_names_file_and_key(tmp_path: Path, 
 def test_a_recipe_that_is_not_there_is_an_error_that_lists_those_that_are() -> None:
     with pytest.raises(RecipeError, match="no recipe best-ever") as raised:
         recipe.load("best-ever")
-    assert "ambersafe, best, tiny" in raised.value.hint
+    assert "ambersafe, ambersafe-lora, ambersafe-qlora, best, tiny" in raised.value.hint

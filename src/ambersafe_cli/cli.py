@@ -26,10 +26,20 @@ class Loss(enum.StrEnum):
     ipo = "ipo"
 
 
+class StageName(enum.StrEnum):
+    sft = "sft"
+    dpo = "dpo"
+
+
 class Template(enum.StrEnum):
     none = "none"
     hh = "hh"
     chat = "chat"
+
+
+class Quantize(enum.StrEnum):
+    bits4 = "4bit"
+    bits8 = "8bit"
 
 
 class Dtype(enum.StrEnum):
@@ -74,6 +84,29 @@ Attn = Annotated[
 ]
 Checkpointing = Annotated[
     bool, typer.Option("--activation-checkpointing", help="Compute activations twice instead of keeping them.")
+]
+Lora = Annotated[
+    bool, typer.Option("--lora", help="Train an adapter (LoRA); the weights stay as they are, with --bf16 in bfloat16.")
+]
+LoraRank = Annotated[int | None, typer.Option(min=1, help="Its rank.", show_default="the recipe's, 16")]
+LoraAlpha = Annotated[
+    float | None,
+    typer.Option(min=0, help="Its outputs are multiplied by alpha / rank.", show_default="the recipe's, 32"),
+]
+LoraDropout = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Dropout of its inputs.", show_default="the recipe's, 0")
+]
+LoraTargets = Annotated[
+    str | None,
+    typer.Option(help="Which layers have one: all-linear, or how they end: q_proj,v_proj.", show_default="all-linear"),
+]
+QuantizeTo = Annotated[
+    Quantize | None, typer.Option("--quantize", help="Keep the frozen weights in 4bit (QLoRA) or 8bit; needs --lora.")
+]
+Auto = Annotated[bool, typer.Option("--auto", help="Take the best way that fits this machine's GPUs; see plan.")]
+Optimizer = Annotated[
+    str | None,
+    typer.Option(help="One of torch.optim, or AdamW8bit, PagedAdamW, PagedAdamW8bit.", show_default="the recipe's"),
 ]
 Wandb = Annotated[bool | None, typer.Option(help="Log to Weights & Biases.", show_default="off")]
 Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="Write event files into RUN/tensorboard.")]
@@ -203,6 +236,14 @@ def sft(
     bf16: Bf16 = False,
     attn: Attn = None,
     activation_checkpointing: Checkpointing = False,
+    lora: Lora = False,
+    lora_rank: LoraRank = None,
+    lora_alpha: LoraAlpha = None,
+    lora_dropout: LoraDropout = None,
+    lora_targets: LoraTargets = None,
+    quantize: QuantizeTo = None,
+    optimizer: Optimizer = None,
+    auto: Auto = False,
     wandb: Wandb = None,
     tensorboard: Tensorboard = False,
     nproc: Nproc = None,
@@ -266,6 +307,14 @@ def dpo(
     bf16: Bf16 = False,
     attn: Attn = None,
     activation_checkpointing: Checkpointing = False,
+    lora: Lora = False,
+    lora_rank: LoraRank = None,
+    lora_alpha: LoraAlpha = None,
+    lora_dropout: LoraDropout = None,
+    lora_targets: LoraTargets = None,
+    quantize: QuantizeTo = None,
+    optimizer: Optimizer = None,
+    auto: Auto = False,
     wandb: Wandb = None,
     tensorboard: Tensorboard = False,
     nproc: Nproc = None,
@@ -319,6 +368,13 @@ def pipeline(
     bf16: Bf16 = False,
     attn: Attn = None,
     activation_checkpointing: Checkpointing = False,
+    lora: Lora = False,
+    lora_rank: LoraRank = None,
+    lora_alpha: LoraAlpha = None,
+    lora_dropout: LoraDropout = None,
+    lora_targets: LoraTargets = None,
+    quantize: QuantizeTo = None,
+    optimizer: Optimizer = None,
     wandb: Wandb = None,
     tensorboard: Tensorboard = False,
     nproc: Nproc = None,
@@ -538,6 +594,9 @@ def export(
             show_default="the checkpoint's, float32",
         ),
     ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Of a LoRA run: one model with the adapter in its weights, not the adapter.")
+    ] = False,
     model: Annotated[
         str | None,
         typer.Option(
@@ -556,10 +615,11 @@ def export(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a Hugging Face folder of a run's weights, with a model card."""
+    """Make a Hugging Face folder of a run's weights, or of its adapter, with a model card."""
     from ambersafe_cli import export
 
-    export.run(export.Request(checkpoint, out, dtype and str(dtype), model, force, push, private, python, as_json))
+    named = dtype and str(dtype)
+    export.run(export.Request(checkpoint, out, named, merge, model, force, push, private, python, as_json))
 
 
 @app.command()
@@ -599,6 +659,32 @@ def prefetch(
     from ambersafe_cli import prefetch
 
     prefetch.run(recipe, prefetch.flags(model, model_revision, data, data_revision), overrides or (), python, as_json)
+
+
+@app.command()
+def plan(
+    gpu: Annotated[str, typer.Option(help="A card's name, such as RTX-4090, or the memory of one, such as 24GB.")],
+    gpus: Annotated[int, typer.Option(min=1, help="How many of them.")] = 1,
+    recipe: RecipeName = "ambersafe",
+    model: Model = None,
+    model_revision: ModelRevision = None,
+    data: Data = None,
+    data_revision: DataRevision = None,
+    stage: Annotated[StageName | None, typer.Option(help="Which stage.", show_default="both")] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(min=0, help="TFLOP/s that training reaches on it.", show_default="40 % of the data sheet's"),
+    ] = None,
+    python: Python = sys.executable,
+    as_json: Json = False,
+    overrides: Overrides = None,
+) -> None:
+    """Show which ways of training fit a GPU, in what memory and time, and the command for each."""
+    from ambersafe_cli import planning, prefetch
+
+    flags = prefetch.flags(model, model_revision, data, data_revision)
+    stages: tuple[Literal["sft", "dpo"], ...] = ("sft", "dpo") if stage is None else (stage.value,)
+    planning.run(planning.Request(recipe, flags, stages, gpu, gpus, rate, tuple(overrides or ()), python, as_json))
 
 
 @app.command()

@@ -63,7 +63,8 @@ json.dump({"python": sys.version.split()[0], "versions": versions, "extras": ext
 class TrainingEnvironment:
     """An interpreter's path and version, the version of each package by distribution (None if it is missing), those of
     `EXTRAS` that are installed, the CUDA or ROCm version that its torch is built for (None: CPU only), and the names of
-    the GPUs that torch will see."""
+    the GPUs that torch will see. Where torch was asked, `gpu_bytes` is the memory of each in bytes, and `has_bfloat16`
+    whether all of them compute in it."""
 
     python: str
     python_version: str
@@ -71,6 +72,8 @@ class TrainingEnvironment:
     extras: Mapping[str, str]
     cuda: str | None
     gpus: tuple[str, ...]
+    gpu_bytes: tuple[int, ...] = ()
+    has_bfloat16: bool = True
 
     @property
     def missing(self) -> list[str]:
@@ -100,17 +103,40 @@ def probe(python: str, ask_torch: bool = False) -> TrainingEnvironment:
         raise TrainingEnvironmentError(
             f"{path} does not work as a Python interpreter: {said}", "--python takes the path of a Python."
         ) from error
-    gpus = () if not answer["cuda"] else _torchs_gpus(path) if ask_torch else _visible_gpus()
-    return TrainingEnvironment(path, answer["python"], answer["versions"], answer["extras"], answer["cuda"], gpus)
+    gpus: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = ()
+    has_bfloat16 = True
+    if answer["cuda"] and ask_torch:
+        gpus, sizes, has_bfloat16 = _torchs_gpus(path)
+    elif answer["cuda"]:
+        gpus = _visible_gpus()
+    known = answer["python"], answer["versions"], answer["extras"], answer["cuda"]
+    return TrainingEnvironment(path, *known, gpus, sizes, has_bfloat16)
 
 
-def _torchs_gpus(python: str) -> tuple[str, ...]:
-    """The names of the GPUs that torch itself can use. Takes the seconds that importing it takes."""
-    code = "import torch; print(*(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())), sep='\\n')"
-    child = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+_GPUS_OF_TORCH = """
+import torch
+for number in range(torch.cuda.device_count()):
+    properties = torch.cuda.get_device_properties(number)
+    print(properties.total_memory, properties.major, properties.name)
+"""
+
+
+def _torchs_gpus(python: str) -> tuple[tuple[str, ...], tuple[int, ...], bool]:
+    """The names of the GPUs that torch itself can use, the memory of each in bytes, and whether all have bfloat16, as
+    NVIDIA's have from compute capability 8.0 on.
+
+    Takes the seconds that importing it takes.
+    """
+    child = subprocess.run([python, "-c", _GPUS_OF_TORCH], capture_output=True, text=True, check=False)
     if child.returncode:
         raise TrainingEnvironmentError(f"{python} cannot import torch: {child.stderr.strip()}", INSTALL_HINT)
-    return tuple(filter(None, child.stdout.split("\n")))
+    found = [line.split(" ", 2) for line in child.stdout.splitlines() if line]
+    return (
+        tuple(name for _, _, name in found),
+        tuple(int(size) for size, _, _ in found),
+        all(int(major) >= 8 for _, major, _ in found),
+    )
 
 
 def _visible_gpus() -> tuple[str, ...]:

@@ -71,18 +71,31 @@ def plan(
         raise UsageError(f"{flag} needs --nproc where there is no GPU.", "--nproc 1 trains in one process a machine.")
     if processes is not None and environment.gpus and processes > len(environment.gpus):
         raise UsageError(f"--nproc {processes} needs as many GPUs, and there are {len(environment.gpus)}.")
+    if (alone := _needs_basic_trainer(stage)) and ("FSDP" in stage.trainer or processes is not None):
+        if processes is not None or of.count > 1 or _is_users(stage, "trainer"):
+            raise UsageError(
+                f"{alone} needs BasicTrainer, which trains in one process.",
+                f"Leave --nproc and --nnodes away, or {alone}.",
+            )
+        notes.append(f"{alone}: BasicTrainer, in one process, in place of the recipe's {stage.trainer}.")
+        stage = stage.with_values({"trainer": "BasicTrainer"})
     if processes is None and "FSDP" in stage.trainer:
         processes = len(environment.gpus)
         if not processes:
             notes.append("FSDPTrainer needs GPUs and there is none here: BasicTrainer, on the CPU.")
             stage = stage.with_values({"trainer": "BasicTrainer"})
     elif processes is not None and "FSDP" not in stage.trainer:
-        if "trainer" in stage.explicit or any(o.key == "trainer" for o in stage.overrides):
+        if _is_users(stage, "trainer"):
             raise UsageError(f"--nproc needs FSDPTrainer: {stage.trainer} trains in one process.")
         notes.append(f"--nproc: FSDPTrainer in place of the recipe's {stage.trainer}.")
         stage = stage.with_values({"trainer": "FSDPTrainer"})
     if stage.get("model.fsdp_policy_mp") and "FSDP" not in stage.trainer:
         raise UsageError(f"model.fsdp_policy_mp is for FSDPTrainer, not {stage.trainer}.", "--bf16 is for both.")
+    if stage.get("quantize") and not _is_users(stage, "mixed_precision"):
+        stage = stage.with_values({"mixed_precision": "bfloat16"})  # what bitsandbytes computes in
+    if stage.get("lora") and stage.get("mixed_precision") and not stage.get("model.policy_dtype"):
+        # No update is rounded away: these weights have none. The adapter's are float32.
+        stage = stage.with_values({"model.policy_dtype": stage.get("mixed_precision")})
     is_ours = "mixed_precision" in stage.explicit or not stage.get("model.reference_dtype")
     is_theirs = any(override.key == "model.reference_dtype" for override in stage.overrides)
     if stage.get("mixed_precision") and stage.name == "dpo" and is_ours and not is_theirs:
@@ -92,7 +105,7 @@ def plan(
 
     unknown = [k for p in clone.patches if p.state == "missing" for k in p.patch.config_keys if k in stage.values]
     for key in unknown:
-        if key in stage.explicit:
+        if key in stage.explicit or (key in ("lora", "quantize") and stage.values[key]):
             raise UsageError(f"{key} comes with a patch that {clone.folder} lacks.", "Apply it: `ambersafe setup`.")
         notes.append(f"{key} is left away: the patch that adds it is not in {clone.folder}.")
     stage = stage.without(unknown)
@@ -113,6 +126,23 @@ def plan(
     world = (processes or 1) * of.count
     return stage, Launch(run_folder, clone.folder, words, settings, world, tuple(notes), of)
 
+
+def _is_users(stage: Stage, key: str) -> bool:
+    """Whether a flag or KEY=VALUE set it, not the recipe."""
+    return key in stage.explicit or any(override.key == key for override in stage.overrides)
+
+
+def _needs_basic_trainer(stage: Stage) -> str | None:
+    """A setting of the stage that only BasicTrainer has."""
+    if stage.get("quantize"):
+        return "quantize"
+    if stage.get("optimizer") in BITSANDBYTES:
+        return str(stage.get("optimizer"))
+    return "offload_reference" if stage.get("offload_reference") else None
+
+
+BITSANDBYTES = ("AdamW8bit", "PagedAdamW", "PagedAdamW8bit")
+"""The optimizers that are not torch's: they know nothing of FSDP's shards."""
 
 NEWEST = "newest"
 """What `resume` is for train.py where torchrun starts it: it looks for the newest checkpoint itself, each time."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from ambersafe_cli import checkpoints, data_findings, hub, integrity, models
+from ambersafe_cli import adapter_findings, checkpoints, data_findings, hub, integrity, models
 from ambersafe_cli.environment import INSTALL_HINT
 from ambersafe_cli.errors import ArchiveError, CloneError
 from ambersafe_cli.findings import Finding
@@ -66,6 +66,7 @@ def check(subject: Subject) -> Report:
     if any(finding.level == "error" for finding in findings):
         return Report(tuple(findings), None)  # what follows reckons with these
     findings += [*_of_settings(subject, config), *of_speed(subject.stage, config, subject.environment)]
+    findings += adapter_findings.of_needs(subject.stage.name, config, subject.environment)
     findings += [*_of_template(subject, config), *_of_wandb(config)]
     sources = hub.sources(config, subject.stage.data, subject.stage.data_revision)
     lacking = {source: hub.lacking(source) for source in sources}
@@ -74,7 +75,8 @@ def check(subject: Subject) -> Report:
     shapes = None
     try:
         shapes = checkpoints.model_shapes(model) if model and not lacking[sources[0]] else None
-        findings += [] if subject.archive_to_come else _of_archive(subject.stage, shapes)
+        findings += adapter_findings.of_targets(subject.stage, config, shapes) if shapes else []
+        findings += [] if subject.archive_to_come else _of_archive(subject, config, shapes)
     except ArchiveError as error:
         findings.append(Finding("error", error.message, error.hint))
     try:
@@ -261,13 +263,16 @@ def _of_sources(subject: Subject, lacking: Mapping[hub.Source, list[str]]) -> It
             yield Finding("warning", f"{problem}: it will be downloaded.", f"`{command}` does that beforehand.")
 
 
-def _of_archive(stage: "Stage", model: checkpoints.Shapes | None) -> Iterator[Finding]:
+def _of_archive(subject: Subject, config: Mapping[str, Any], model: checkpoints.Shapes | None) -> Iterator[Finding]:
+    stage = subject.stage
     archive = stage.get("model.archive")
     if not archive:
         return
     shapes = checkpoints.policy_shapes(Path(str(archive)))
     integrity.require_whole(Path(str(archive)))
-    wrong = checkpoints.differences(shapes, model) if model else []
+    yield from adapter_findings.of_archive(stage, config, subject.environment, model)
+    is_adapter = checkpoints.adapter_of(Path(str(archive))) is not None
+    wrong = checkpoints.differences(shapes, model) if model and not is_adapter else []
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         yield Finding(

@@ -214,10 +214,37 @@ def _check(stage: Stage) -> None:
             f"max_length is {longest}, and max_prompt_length {prompt} of it: nothing is left for a response.",
             f"Add max_prompt_length={longest // 2} behind the flags." if longest > 3 else "Give a larger --max-length.",
         )
+    _check_lora(stage)
     _check_template(stage.get("template"), stage.get("datasets"))
     exp_name = stage.get("exp_name")
     if not isinstance(exp_name, str) or not exp_name.strip(".") or "/" in exp_name or "\0" in exp_name:
         raise UsageError(f"exp_name names a folder, it cannot be {exp_name!r}.", "Give --exp-name NAME.")
+
+
+def _check_lora(stage: Stage) -> None:
+    if stage.get("lora") not in (None, True, False):
+        raise UsageError(f"lora must be true or false, it is {stage.get('lora')!r}.", "--lora sets it.")
+    if not stage.get("lora"):
+        if given := sorted(key for key in stage.explicit if key.startswith("lora_")):
+            raise UsageError(f"--{given[0].replace('_', '-')} is about LoRA, which is not asked for.", "Add --lora.")
+        if stage.get("quantize"):
+            raise UsageError("quantize needs LoRA: weights of so few bits cannot be trained themselves.", "Add --lora.")
+        return
+    rank, alpha, dropout = (stage.get(f"lora_{name}") for name in ("rank", "alpha", "dropout"))
+    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+        raise UsageError(f"lora_rank must be a whole number from 1 on, it is {rank!r}.", "Give --lora-rank.")
+    if alpha is not None and (not isinstance(alpha, int | float) or not 0 < alpha < math.inf):
+        raise UsageError(f"lora_alpha must be a number above 0, it is {alpha!r}.", "Give --lora-alpha.")
+    if dropout is not None and (not isinstance(dropout, int | float) or not 0 <= dropout < 1):
+        raise UsageError(f"lora_dropout must be a number from 0 to below 1, it is {dropout!r}.", "Give --lora-dropout.")
+    targets = stage.get("lora_targets")
+    names = targets if isinstance(targets, list) else [targets or "all-linear"]
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise UsageError(f"lora_targets must be all-linear or names of layers, it is {targets!r}.", "--lora-targets")
+    if "TensorParallel" in stage.trainer:
+        raise UsageError("TensorParallelTrainer has no LoRA.", "--trainer takes FSDPTrainer or BasicTrainer.")
+    if stage.get("quantize") not in (None, "4bit", "8bit"):
+        raise UsageError(f"quantize must be 4bit or 8bit, it is {stage.get('quantize')!r}.", "--quantize sets it.")
 
 
 def _check_template(template: Value, datasets: Value) -> None:

@@ -34,6 +34,7 @@ class Request:
     archive_to_come: bool = False
     carried: tuple[str, ...] = ()
     dry_run: bool = False
+    auto: bool = False
     preflight: bool = True
     allow_modified: bool = False
     detach: bool = False
@@ -56,6 +57,10 @@ _KEY_OF_FLAG = {
     "wandb": "wandb.enabled",
     "keep_best": "keep_best",
     "attn": "attn_implementation",
+    "lora_rank": "lora_rank",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "optimizer": "optimizer",
     "beta": "loss.beta",
     "label_smoothing": "loss.label_smoothing",
 }
@@ -72,6 +77,13 @@ def read(stage: recipes.StageName, params: Mapping[str, Any]) -> Request:
         values["mixed_precision"] = "bfloat16"
     if params["activation_checkpointing"]:
         values["activation_checkpointing"] = True
+    if params["lora"]:
+        values["lora"] = True
+    if params["lora_targets"]:
+        targets = [name.strip() for name in params["lora_targets"].split(",")]
+        values["lora_targets"] = targets[0] if targets == ["all-linear"] else [*targets]
+    if params["quantize"]:
+        values["quantize"] = str(params["quantize"])
     if params.get("loss"):
         values["loss.name"] = str(params["loss"])
     if params["template"]:
@@ -96,6 +108,7 @@ def read(stage: recipes.StageName, params: Mapping[str, Any]) -> Request:
         archive=params.get("archive"),
         carried=_carried(params),
         dry_run=params["dry_run"],
+        auto=bool(params.get("auto")),
         preflight=not params["no_preflight"],
         allow_modified=params["allow_modified"],
         detach=params["detach"],
@@ -113,11 +126,12 @@ def _number(text: str, flag: str) -> int:
 # What DPO needs told again if SFT was told it: where things are and how long texts may be, but not how to train.
 _CARRIED_FLAGS = (
     "recipe", "model", "model_revision", "data", "data_revision", "max_length", "template", "trainer", "wandb", "nproc",
-    "keep", "save_every", "python", "attn",
+    "keep", "save_every", "python", "attn", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "quantize",
+    "optimizer",
 )  # fmt: skip
 _CARRIED_KEYS = (
     "model.", "datasets", "max_", "eval_batch_size", "n_eval_examples", "fsdp_port", "keep_eos", "drop_eos", "template",
-    "mixed_precision", "attn_implementation", "activation_checkpointing",
+    "mixed_precision", "attn_implementation", "activation_checkpointing", "lora", "quantize", "optimizer",
 )  # fmt: skip
 
 
@@ -130,6 +144,8 @@ def _carried(params: Mapping[str, Any]) -> tuple[str, ...]:
     words += ["--wandb"] if wandb else []
     words += ["--tensorboard"] if params["tensorboard"] else []
     words += ["--bf16"] if params["bf16"] else []
+    words += ["--lora"] if params["lora"] else []
+    words += ["--auto"] if params.get("auto") else []
     words += ["--activation-checkpointing"] if params["activation_checkpointing"] else []
     if params["folder"].absolute() != Path.cwd() / upstream.DEFAULT_FOLDER:
         words += ["--dir", str(params["folder"])]

@@ -15,6 +15,7 @@ from ambersafe_cli import (
     launch,
     locks,
     patches,
+    planning,
     plans,
     preflight,
     provenance,
@@ -168,7 +169,12 @@ def prepare(request: Request) -> Prepared:
         stage = stage.with_values({"model.archive": str(archive)})
     given = stage.get("local_run_dir")
     folder = Path(str(given)).expanduser().absolute() if given else runs.folder_for(str(stage.get("exp_name")))
-    child = environment.probe(request.python, ask_torch=not request.dry_run)
+    child = environment.probe(request.python, ask_torch=request.auto or not request.dry_run)
+    if request.auto:
+        if request.slurm:
+            raise UsageError("--auto looks at the GPUs of this machine, not at Slurm's.", planning.ELSEWHERE)
+        stage, why = planning.automatic(stage, child, request.processes, request.machines.count)
+        display.say(f"--auto takes {why}")
     if request.machines.number > 0:
         folder = folder.with_name(f"{folder.name}_machine-{request.machines.number}")
     processes = request.processes

@@ -137,6 +137,7 @@ def cut(lengths: list[tuple[int, ...]], max_length: int, max_prompt_length: int,
     counts = {"prompts_cut": 0, "responses_cut": 0, "eos_lost": 0, "tokens_lost": 0, "empty": 0}
     with_keep_eos = 0
     padded = []
+    longest_response = 0
     for prompt, *texts in lengths:
         responses = [text + 1 for text in texts]  # each with its EOS
         kept_prompt, kept = cut_one(prompt, responses, max_length, max_prompt_length, keep_eos)
@@ -146,12 +147,15 @@ def cut(lengths: list[tuple[int, ...]], max_length: int, max_prompt_length: int,
         counts["tokens_lost"] += prompt - kept_prompt + sum(responses) - sum(kept)
         counts["empty"] += not all(kept) or not kept_prompt
         padded.append(kept_prompt + max(kept))
+        longest_response = max(longest_response, *kept)
         best_prompt, best = cut_one(prompt, responses, max_length, max_prompt_length, keep_eos=True)
         with_keep_eos += prompt - best_prompt + sum(responses) - sum(best)
     padded.sort()
     longest = {
         "tokens_median": padded[len(padded) // 2] if padded else 0,
+        "tokens_mean": round(sum(padded) / len(padded)) if padded else 0,
         "tokens_longest": padded[-1] if padded else 0,
+        "response_longest": longest_response,
     }
     return {"examples": len(lengths), **counts, "tokens_lost_with_keep_eos": with_keep_eos, **longest}
 
@@ -232,8 +236,10 @@ def measure(
     columns = [tokenizer.lengths(list(texts)) for texts in zip(*sample, *longest)]
     lengths = list(zip(*columns))
     limits = request["max_length"], request["max_prompt_length"], request["keep_eos"]
-    counts = cut(lengths[: len(sample)], *limits)
-    return {**counts, "tokens_longest": cut(lengths, *limits)["tokens_longest"]}
+    longest_ones = cut(lengths, *limits)
+    return cut(lengths[: len(sample)], *limits) | {
+        key: longest_ones[key] for key in ("tokens_longest", "response_longest")
+    }
 
 
 def main() -> None:
