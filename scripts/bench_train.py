@@ -106,6 +106,7 @@ class Task:
     data: Path
     epochs: int
     bf16: bool
+    lora: int | None = None  # the rank of an adapter, which upstream does not have
 
     @property
     def settings(self) -> list[str]:
@@ -157,6 +158,7 @@ def ambersafe_command(clone: Path, overrides: Sequence[str], task: Task, folder:
         *(*AMBERSAFE, task.stage.name, "--recipe", "ambersafe", "--plain", "--trainer", "BasicTrainer"),
         *("--model", str(task.folder / "model"), "--data", str(task.data), "--dir", str(clone)),
         *("--epochs", str(task.epochs), *archive, *(["--bf16"] if task.bf16 else [])),
+        *(["--lora", "--lora-rank", str(task.lora), "--lora-alpha", str(2 * task.lora)] if task.lora else []),
         *(*task.settings, "do_final_eval=false", *overrides),
     ]
 
@@ -170,6 +172,7 @@ def trl_command(python: Path, settings: Mapping[str, Any], task: Task, folder: P
         "microbatches": task.stage.microbatches,
         "lr": task.stage.lr,
         "epochs": task.epochs,
+        "lora": task.lora,
         "settings": {"bf16": task.bf16, **settings},
     }
     return [str(python), str(HERE / "bench_trl.py"), json.dumps(request)]
@@ -180,13 +183,14 @@ def make_trl_environment() -> Path:
     folder = ROOT / ".venv-trl"
     python = folder / "bin/python"
     is_whole = (
-        python.exists() and not subprocess.run([python, "-c", "import trl, torch"], capture_output=True).returncode
+        python.exists()
+        and not subprocess.run([python, "-c", "import trl, torch, peft"], capture_output=True).returncode
     )
     if not is_whole:
         print(f"making {folder} …", file=sys.stderr)
         venv.create(folder, clear=True, with_pip=True)
         constraints = ["--constraint", str(HERE / "constraints.txt")]
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *constraints, TRL, "torch"], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *constraints, TRL, "torch", "peft"], check=True)
     return python
 
 
@@ -243,7 +247,7 @@ def make_task(given: argparse.Namespace, folder: Path, name: str, examples: int,
     """Write the rows, and return the task with the mean length of its examples in tokens."""
     rows = bench_data.write_data(folder / name, examples, bench_data.SHAPES[given.size])
     tokens = [row.sft_tokens if given.stage == "sft" else row.dpo_tokens for row in rows]
-    return Task(STAGES[given.stage], folder, folder / name, epochs, given.bf16), statistics.mean(tokens)
+    return Task(STAGES[given.stage], folder, folder / name, epochs, given.bf16, given.lora), statistics.mean(tokens)
 
 
 def choose_steps(given: argparse.Namespace, baseline: Variant, folder: Path) -> int:
@@ -329,6 +333,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, help="train so many times on --examples rows")
     parser.add_argument("--examples", type=int, default=320, help="with --epochs; cut to whole batches")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16: each in the way that it has")
+    parser.add_argument("--lora", type=int, metavar="RANK", help="train adapters on all linear layers, not upstream")
     parser.add_argument("--utilisation", action="store_true", help="the share of what a product of matrices reaches")
     parser.add_argument("--clone", type=Path, help="what `ambersafe setup --dir` made, or will make here")
     parser.add_argument("--show-losses", action="store_true")

@@ -3,7 +3,8 @@
     python scripts/bench_trl.py REQUEST
 
 The request: `stage` (sft, dpo), `model` (a folder), `rows` (a jsonl file with the columns of PKU-SafeRLHF), `batch` and
-`microbatches`, `lr`, `epochs`, `settings` (more of TRL's config). The lines are in the form of upstream's.
+`microbatches`, `lr`, `epochs`, `lora` (an adapter's rank, or null), `settings` (more of TRL's config). The lines are in
+the form of upstream's.
 """
 
 import json
@@ -11,6 +12,7 @@ import sys
 from typing import Any
 
 import datasets
+import peft
 import torch
 import transformers
 import trl
@@ -83,6 +85,10 @@ def main(request: dict[str, Any]) -> None:
         "processing_class": tokenizer,
         "callbacks": [PrintSteps(batch)],
     }
+    if rank := request["lora"]:
+        common["peft_config"] = peft.LoraConfig(
+            r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
     if stage == "sft":
         options = {"completion_only_loss": True, **settings, **request["settings"]}
         trainer: transformers.Trainer = trl.SFTTrainer(args=trl.SFTConfig(**options), **common)

@@ -29,7 +29,7 @@ def trainer(run: str, keep: int | None, best: str | None) -> trainers.BasicTrain
     made = object.__new__(trainers.BasicTrainer)
     made.run_dir = run
     made.rank = 0
-    made.config = types.SimpleNamespace(keep_checkpoints=keep, keep_best=best)
+    made.config = types.SimpleNamespace(keep_checkpoints=keep, keep_best=best, lora=False)
     made.policy = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.Linear(256, 32))
     made.optimizer = torch.optim.RMSprop(made.policy.parameters(), lr=0.01)
     made.scheduler = torch.optim.lr_scheduler.LambdaLR(made.optimizer, lambda step: 1.0)

@@ -103,8 +103,19 @@ def test_at_a_rank_as_large_as_the_layer_lora_reaches_the_loss_of_full_fine_tuni
     data, model = markov_rows(tmp_path / "rows", 4000), tmp_path / "model"  # noqa: F811, with a token for each word
     builder = Path(demo.__file__).parent / "children" / "tiny_model.py"
     subprocess.run([sys.executable, builder, model, data / "train.jsonl"], check=True, capture_output=True)
-    given = ("--recipe", "tiny", "--dir", patched, "--model", model, "--data", data, "--epochs", "1")
-    given = (*given, "--lr", "2e-3", "lr_decay=cosine", "eval_every=4000", "n_eval_examples=16")
+    given: tuple[object, ...] = (
+        "--recipe",
+        "tiny",
+        "--dir",
+        patched,
+        "--model",
+        model,
+        "--data",
+        data,
+        "--epochs",
+        "1",
+    )
+    given += ("--lr", "2e-3", "lr_decay=cosine", "eval_every=4000", "n_eval_examples=16")
     everywhere = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj,embed_tokens,lm_head"
     losses = {}
     for name, flags in {
