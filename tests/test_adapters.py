@@ -106,7 +106,9 @@ def save_policy(folder: Path, **values: Any) -> Path:
     import torch
 
     sha256 = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in (WEIGHTS, CONFIG)}
-    adapter = {"sha256": sha256, "on": None, "quantize": None, **values}
+    on = values.get("on")
+    below = checkpoints.fingerprint(Path(on)) if isinstance(on, str) else None
+    adapter = {"sha256": sha256, "on": None, "on_fingerprint": below, "quantize": None, **values}
     policy = {"step_idx": 640, "state": {}, "metrics": {"loss/eval": 1.25}, "adapter": adapter}
     torch.save(policy, folder / "policy.pt")
     return folder / "policy.pt"

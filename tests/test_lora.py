@@ -304,6 +304,87 @@ def test_an_adapter_lies_on_all_weights_of_an_archive_and_all_weights_go_on_from
     )
 
 
+def test_an_adapter_outside_of_the_blocks_is_saved_by_several_ranks(given: tuple[object, ...], tmp_path: Path) -> None:
+    """FSDP leaves its root, which has these layers, gathered after an evaluation."""
+    flags = ("--lora", "--lora-rank", "4", "--lora-targets", "lm_head,embed_tokens,q_proj", "--lr", "1e-3")
+    several = ("--trainer", "FSDPTrainer", "--nproc", "2")
+    for name, ranks in (("one", ()), ("two", several)):
+        train(tmp_path / name, "sft", *given, *flags, *ranks, "--exp-name", "sft", "--seed", "20261124")
+    one, two = only_run(tmp_path / "one", "sft"), only_run(tmp_path / "two", "sft")
+    assert_equal_to_four_digits(two, one)
+    assert weights(two / "LATEST").keys() == weights(one / "LATEST").keys()
+
+
+def test_a_large_seed_and_dropout_go_together(given: tuple[object, ...], tmp_path: Path) -> None:
+    flags = (*LORA, "--lora-dropout", "0.1", "--seed", str(2**32 - 1), "n_epochs=null", "n_examples=16")
+    train(tmp_path, "sft", *given, *flags, "--exp-name", "sft")
+
+
+def test_the_reference_cache_is_another_one_where_the_weights_below_an_adapter_are(
+    patched: Path,
+    model: Path,  # noqa: F811
+    trained: Path,
+    tmp_path: Path,
+) -> None:
+    copy, full = shutil.copytree(model, tmp_path / "model"), tmp_path / "full.pt"
+    shutil.copy(only_run(trained, "full") / "LATEST" / "policy.pt", full)
+    adapter = only_run(trained, "sft") / "LATEST" / "policy.pt"
+    assert (
+        ask(
+            patched,
+            model,
+            f"""
+import os
+from omegaconf import OmegaConf
+def key(archive={str(adapter)!r}, trainer="BasicTrainer", lora=True, mp=None):
+    return utils.fingerprint_reference_model(OmegaConf.create(dict(
+        attn_implementation=None, trainer=trainer, mixed_precision=None, lora=lora, quantize=None, model=dict(
+            name_or_path={str(copy)!r}, reference_dtype="float32", policy_dtype="float32", archive=archive,
+            fsdp_policy_mp=mp))))
+before = [key(), key(lora=False), key({str(full)!r}, lora=False)]
+again = [key(), key(lora=False), key({str(full)!r}, lora=False)]
+other = [key(trainer="FSDPTrainer"), key(trainer="FSDPTrainer", mp="bfloat16")]
+os.utime({str(copy)!r} + "/model.safetensors", (1, 1))
+after = [key(), key(lora=False), key({str(full)!r}, lora=False)]
+print(json.dumps([before == again, before[0] != after[0], before[1] != after[1], before[2] == after[2],
+                  len({{before[0], *other}}) == 3]))
+""",
+        )
+        == [True] * 5
+    )
+
+
+def test_an_adapter_is_not_put_on_other_weights_than_it_was_trained_on(
+    given: tuple[object, ...], trained: Path, tmp_path: Path
+) -> None:
+    full = tmp_path / "full.pt"
+    shutil.copy(only_run(trained, "full") / "LATEST" / "policy.pt", full)
+    train(tmp_path, "dpo", *given, *LORA, "--exp-name", "first", "--archive", full)
+    step = sorted(only_run(trained, "full").glob("step-*/policy.pt"))[0]
+    shutil.copy(step, full)
+    archive = ("--archive", only_run(tmp_path, "first"))
+    for flags in ((), ("--no-preflight",)):
+        done = run_ambersafe("dpo", *given, *LORA, *archive, "--exp-name", "second", *flags, cwd=tmp_path)
+        assert done.returncode and str(full) in done.stderr and "trained on" in done.stderr, done.stderr
+    done = run_ambersafe("export", only_run(tmp_path, "first"), "--merge", cwd=tmp_path)
+    assert done.returncode and "others than the adapter was trained on" in done.stderr, done.stderr
+
+
+def test_the_state_of_a_paged_optimizer_is_paged_again_when_it_has_been_loaded(
+    given: tuple[object, ...], tmp_path: Path
+) -> None:
+    """On a CPU bitsandbytes pages nothing, but the way there is the same."""
+    flags = ("--lora", "--lora-rank", "64", "--optimizer", "PagedAdamW8bit", "--no-preflight", "--keep", "all")
+    train(tmp_path, "sft", *given, *flags, "--exp-name", "sft")
+    run = only_run(tmp_path, "sft")
+    before = numbers(run)
+    shutil.rmtree(run / "LATEST")
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**record, "status": "failed", "exit_status": 1}))
+    train(tmp_path, "resume", run)
+    assert numbers(run) == before
+
+
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
 def test_quantized_weights_train_in_both_stages_and_a_killed_run_goes_on(
     bits: str, given: tuple[object, ...], tmp_path: Path
@@ -405,7 +486,10 @@ importlib.metadata.version = refuse
         (("--optimizer", "adamw"), "Is it AdamW?"),
         (("--optimizer", "PagedAdamW8bit"), "there is none here"),
         (("--lora", "--lora-targets", "q_proj,nothing"), "names nothing, and no layer of"),
-        (("--lora-rank", "8"), "--lora-rank is about LoRA"),
+        (("--lora-rank", "8"), "lora_rank is about LoRA"),
+        (("lora_rank=8",), "lora_rank is about LoRA"),
+        (("--lora", "lora_targets=q_proj"), "all-linear or a list of names"),
+        (("--lora", "--lora-targets", ""), "all-linear or a list of names"),
         (("--lora", "lora_rank=0"), "lora_rank must be a whole number"),
         (("--lora", "lora_dropout=1"), "lora_dropout must be"),
         (("--lora", "lora_alpha=-1"), "lora_alpha must be"),

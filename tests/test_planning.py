@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, Ambersafe
 from terminal import Terminal
 
-from ambersafe_cli import cards, checkpoints, environment, memory, planning, recipe
+from ambersafe_cli import cards, checkpoints, environment, launch, memory, planning, recipe
 from ambersafe_cli.errors import UsageError
 from ambersafe_cli.overrides import Value
 
@@ -330,7 +330,7 @@ def test_time_is_operations_by_rate() -> None:
     shape = memory.shape_of(llama(bench_data.Shape(hidden=8, layers=2, heads=2, ffn=16, vocabulary=100)))
     matrices = 2 * (4 * 64 + 3 * 128) + 800
     data = planning.Data(10, 5.0, memory.Lengths(5, 5), "")
-    config = {"n_epochs": 3, "activation_checkpointing": False, "cache_reference": True}
+    config = {"n_epochs": 3, "batch_size": 1, "activation_checkpointing": False, "cache_reference": True}
 
     def operations(stage: str, **settings: Value) -> float:
         return planning.seconds(stage, {**config, **settings}, shape, data, 2, 1.0) * 2
@@ -341,12 +341,44 @@ def test_time_is_operations_by_rate() -> None:
     assert operations("sft", activation_checkpointing=True) == 10 * 5 * 3 * 4 * forward
     assert operations("dpo") == 2 * 10 * 5 * (3 * 3 + 1) * forward
     assert operations("dpo", cache_reference=False) == 2 * 10 * 5 * (3 * 3 + 3) * forward
+    assert operations("sft", n_examples=5) == 5 * 5 * 3 * forward, "whichever limit comes first"
+    assert operations("sft", batch_size=4) == 8 * 5 * 3 * 3 * forward, "the end of an epoch is dropped"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "is_sharded", "recipe_name", "flags", "found"),
+    [
+        (8, None, "ambersafe-qlora", {}, {"LoRA": ("FSDPTrainer", "AdamW")}),
+        (1, True, "ambersafe-lora", {}, {"LoRA": ("FSDPTrainer", "AdamW")}),
+        (8, None, "ambersafe", {"optimizer": "AdamW8bit"}, {}),
+        (8, None, "ambersafe", {"offload_reference": True}, {}),
+        (1, None, "ambersafe", {"lora": True, "quantize": "8bit"}, {"LoRA, 8bit": ("BasicTrainer", "PagedAdamW8bit")}),
+    ],
+)
+def test_every_way_goes_with_its_trainer(
+    gpus: int, is_sharded: bool | None, recipe_name: str, flags: dict[str, Value], found: dict[str, tuple[str, str]]
+) -> None:
+    stage = stage_of("sft", recipe_name, **flags)
+    ways = planning.ways(stage, gpus, is_sharded=is_sharded)
+    made = {way.name: stage.with_values(way.values) for way in ways}
+    assert {name: (way.trainer, way.get("optimizer")) for name, way in made.items()} == found
+    for way in ways:
+        assert bool(launch.needs_basic_trainer(stage.with_values(way.values))) <= (
+            way.values["trainer"] == "BasicTrainer"
+        )
+
+
+def test_layers_outside_of_blocks_can_be_targets() -> None:
+    shape = memory.shape_of(SMALL)
+    assert set(memory.targets(shape, {"lora_targets": ["lm_head"]})) == {"lm_head.weight"}
+    assert len(memory.targets(shape, {"lora_targets": ["self_attn.q_proj"]})) == shape.layers
+    assert memory.targets(shape, {"lora_targets": ["mlp", "proj"]}) == {}, "peft takes no part of a name"
 
 
 def test_operations_are_those_of_the_benchmark() -> None:
     shape = bench_data.SHAPES["6.7B"]
     data = planning.Data(7, 100.0, memory.Lengths(100, 100), "")
-    config = {"n_epochs": 1, "activation_checkpointing": False}
+    config = {"n_epochs": 1, "batch_size": 1, "activation_checkpointing": False}
     found = planning.seconds("sft", config, memory.shape_of(llama(shape)), data, 1, 1.0)
     assert found == pytest.approx(shape.operations(700, 100), rel=1e-3)
 
@@ -354,6 +386,11 @@ def test_operations_are_those_of_the_benchmark() -> None:
 def test_a_card_is_named_or_has_a_size() -> None:
     assert cards.find("rtx 4090")[0] == cards.find("RTX-4090")[0]
     assert cards.find("a100-80")[0].name == "A100-80GB"
+    assert "there is A100-80GB, too" in str(cards.find("A100")[1])
+    assert cards.find("24") == cards.find("24GB")
+    for nonsense in ("", "0", "0GB", "9000GB", "GB", "A1", "card"):
+        with pytest.raises(UsageError):
+            cards.find(nonsense)
     card, said = cards.find("24GB")
     alike = [each for each in cards.CARDS if cards.nominal(each) == 24]
     assert card.rate == min(each.rate for each in alike)

@@ -1,13 +1,14 @@
 """What preflight says of LoRA, quantized weights and optimizers: what is not installed, or does not go together."""
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ambersafe_cli import checkpoints
 from ambersafe_cli.findings import Finding
-from ambersafe_cli.launch import BITSANDBYTES
+from ambersafe_cli.launch import BITSANDBYTES, LORA_PATCH
+from ambersafe_cli.memory import EMBEDDING, OUTPUT
 
 if TYPE_CHECKING:
     from ambersafe_cli.environment import TrainingEnvironment
@@ -65,9 +66,16 @@ def _lacks(python: str, package: str, flag: str, extra: str) -> Finding:
 
 
 def of_archive(
-    stage: "Stage", config: Mapping[str, Any], environment: "TrainingEnvironment", model: checkpoints.Shapes | None
+    stage: "Stage",
+    config: Mapping[str, Any],
+    environment: "TrainingEnvironment",
+    model: checkpoints.Shapes | None,
+    applied: Collection[str],
 ) -> Iterator[Finding]:
-    """Findings of an archive that has an adapter, or that one is to lie on. Raises ArchiveError if it is not whole."""
+    """Findings of an archive that has an adapter, or that one is to lie on. Raises ArchiveError if it is not whole.
+
+    `applied` are the subjects of the patches that the clone has.
+    """
     path = Path(str(stage.get("model.archive")))
     adapter = checkpoints.adapter_of(path)
     if adapter is None:
@@ -78,12 +86,15 @@ def of_archive(
                 "Train SFT with --lora too, or leave --quantize away.",
             )
         return
+    if LORA_PATCH not in applied:
+        yield Finding("error", f"{path} has an adapter, which needs the patch {LORA_PATCH!r}.", "`ambersafe setup`")
     if not config.get("lora"):
         if "peft" not in environment.extras:
             yield _lacks(environment.python, "peft", "the adapter of the archive", "lora")
         yield Finding(
             "warning",
-            f"{path} is of a run with LoRA, and this run trains all weights.",
+            f"{path} is of a run with LoRA, and this run trains all weights"
+            + (f", which are not in {adapter.quantize} as they were." if adapter.quantize else "."),
             "--lora trains an adapter again, in far less memory.",
         )
     elif adapter.quantize != config.get("quantize"):
@@ -119,10 +130,21 @@ def of_targets(stage: "Stage", config: Mapping[str, Any], model: checkpoints.Sha
         return
     layers = {name.rpartition(".")[0] for name, shape in model.items() if len(shape) == 2}
     for target in targets:
-        if not any(layer == target or layer.endswith(f".{target}") for layer in layers):
+        if not any(_is_target(layer, [target]) for layer in layers):
             ends = sorted({layer.rpartition(".")[2] for layer in layers})
             yield Finding(
                 "error",
                 f"lora_targets names {target}, and no layer of {stage.model} ends so.",
                 f"There are {', '.join(ends)}.",
             )
+    embeddings = [layer for layer in layers if EMBEDDING.search(layer) and _is_target(layer, targets)]
+    if embeddings and not any(OUTPUT.search(f"{layer}.") for layer in layers):
+        yield Finding(
+            "error",
+            f"{stage.model} ties its input and output embeddings, which cannot have an adapter ({embeddings[0]}).",
+            "Leave it out of --lora-targets.",
+        )
+
+
+def _is_target(layer: str, targets: Iterable[object]) -> bool:
+    return any(f".{layer}".endswith(f".{target}") for target in targets)

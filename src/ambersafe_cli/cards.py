@@ -55,6 +55,10 @@ def nominal(card: Card) -> int:
     return min((16, 24, 40, 48, 80, 141), key=lambda size: abs(size * 2**30 - card.memory))
 
 
+LEAST, MOST = 2, 1024
+"""Sizes in GB between which a card is planned for."""
+
+
 def find(text: str) -> tuple[Card, str | None]:
     """The card that --gpu names, and what is to be said of it.
 
@@ -62,15 +66,22 @@ def find(text: str) -> tuple[Card, str | None]:
     one; one that is smaller than all has the rate of the slowest card with bfloat16. Raises UsageError, listing the
     cards, for what is neither.
     """
-    if size := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)", text.strip(), re.IGNORECASE):
+    if size := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)?", text.strip(), re.IGNORECASE):
         return _of_size(float(size[1]))
     wanted = _plain(text)
-    found = [card for card in CARDS if wanted == _plain(card.name)]
-    found = found or [card for card in CARDS if re.search(r"\d", wanted) and wanted in _plain(card.name)]
-    if found:
-        return found[0], None  # of several, such as the A100's, the smallest
+    found = [card for card in CARDS if wanted in _names(card)]
+    if found and re.search(r"\d", wanted):
+        others = [card.name for card in found[1:]]  # of several, such as the A100's, the smallest
+        return found[0], f"{found[0].name}; there is {', '.join(others)}, too" if others else None
     names = ", ".join(card.name for card in CARDS)
     raise UsageError(f"There is no card {text} in the list.", f"--gpu takes {names}, or a size, such as 24GB.")
+
+
+def _names(card: Card) -> set[str]:
+    """A card's name and parts of it that follow one another, with and without GB behind a size."""
+    words = [_plain(word) for word in card.name.split("-")]
+    parts = {"".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)}
+    return parts | {part.removesuffix("gb") for part in parts}
 
 
 def _plain(text: str) -> str:
@@ -78,6 +89,8 @@ def _plain(text: str) -> str:
 
 
 def _of_size(size: float) -> tuple[Card, str]:
+    if not LEAST <= size <= MOST:
+        raise UsageError(f"A GPU of {size:g} GB cannot be planned for.", f"--gpu takes {LEAST} to {MOST} GB.")
     nearest = max((nominal(card) for card in CARDS if nominal(card) <= size), default=None)
     alike = [card for card in CARDS if (nominal(card) == nearest if nearest else card.bfloat16)]
     slowest = min(alike, key=lambda card: card.rate)

@@ -61,11 +61,13 @@ _HINT = "It was cut off, or it is another kind of file: take another checkpoint,
 class Adapter:
     """What the policy.pt of a LoRA run says of its adapter: the folder that it lies in, beside the policy.pt; the
     SHA-256 of each of its files (ADAPTER_FILES); `on`, the policy.pt with the weights below it, None for those of the
-    model as it was published; and how those were quantized in training: "4bit", "8bit" or None."""
+    model as it was published, and what its fingerprint was; and how those of the model were quantized in training:
+    "4bit", "8bit" or None."""
 
     folder: Path
     sha256: Mapping[str, str]
     on: Path | None
+    on_fingerprint: str | None
     quantize: str | None
 
 
@@ -79,12 +81,14 @@ def adapter_of(path: Path) -> Adapter | None:
         return None
     try:
         sha256, on, quantize = dict(said["sha256"]), said["on"], said["quantize"]
+        below = said["on_fingerprint"]
         is_known = set(sha256) == set(ADAPTER_FILES) and isinstance(on, str | None) and quantize in _QUANTIZED
+        is_known = is_known and (isinstance(below, str) if on else below is None)
     except (KeyError, TypeError, ValueError):
         is_known = False
     if not is_known:
         raise ArchiveError(f"{path} tells of an adapter of a kind that is not known here.", _HINT)
-    return Adapter(path.parent, sha256, Path(on) if on else None, quantize)
+    return Adapter(path.parent, sha256, Path(on) if on else None, below, quantize)
 
 
 def adapter_shapes(adapter: Adapter) -> Shapes:

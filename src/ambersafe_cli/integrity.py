@@ -65,10 +65,14 @@ def require_whole(path: Path) -> None:
             hint = f"Copy {' and '.join(checkpoints.ADAPTER_FILES)} together with it, or take another checkpoint."
         raise ArchiveError(f"{path}: {found}.", hint)
     adapter = checkpoints.adapter_of(path)
-    if adapter and adapter.on and (found := damage(adapter.on)):
-        raise ArchiveError(
-            f"{adapter.on}, whose weights are below the adapter of {path}: {found}.", "Put it back where it was."
-        )
+    if adapter and adapter.on:
+        found = damage(adapter.on)
+        if not found and checkpoints.fingerprint(adapter.on) != adapter.on_fingerprint:
+            found = "it holds others than the adapter was trained on"
+        if found:
+            raise ArchiveError(
+                f"{adapter.on}, whose weights are below the adapter of {path}: {found}.", "Put back what was there."
+            )
 
 
 def _require_sound_directory(file: BinaryIO, members: Sequence[zipfile.ZipInfo]) -> None:

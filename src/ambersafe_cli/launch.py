@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 TORCHRUN_PATCH = "Join the process group that torchrun made"
 RESTART_PATCH = "Go on from the newest checkpoint when torchrun starts again"
+OPTIMIZER_PATCH = "Take the optimizers of bitsandbytes too"
+LORA_PATCH = "Train an adapter in place of all weights"
 MACHINES_PATCH = "Compare the machines, and end when a rank is gone"
 
 
@@ -71,11 +73,15 @@ def plan(
         raise UsageError(f"{flag} needs --nproc where there is no GPU.", "--nproc 1 trains in one process a machine.")
     if processes is not None and environment.gpus and processes > len(environment.gpus):
         raise UsageError(f"--nproc {processes} needs as many GPUs, and there are {len(environment.gpus)}.")
-    if (alone := _needs_basic_trainer(stage)) and ("FSDP" in stage.trainer or processes is not None):
+    if stage.get("optimizer") in BITSANDBYTES and OPTIMIZER_PATCH not in applied:
+        raise UsageError(
+            f"{stage.get('optimizer')} needs the patch {OPTIMIZER_PATCH!r}.", "Apply it: `ambersafe setup`."
+        )
+    if (alone := needs_basic_trainer(stage)) and ("FSDP" in stage.trainer or processes is not None):
         if processes is not None or of.count > 1 or _is_users(stage, "trainer"):
             raise UsageError(
                 f"{alone} needs BasicTrainer, which trains in one process.",
-                f"Leave --nproc and --nnodes away, or {alone}.",
+                f"Leave away what asks for more (--nproc, --nnodes, --nodes) or for another trainer, or {alone}.",
             )
         notes.append(f"{alone}: BasicTrainer, in one process, in place of the recipe's {stage.trainer}.")
         stage = stage.with_values({"trainer": "BasicTrainer"})
@@ -132,7 +138,7 @@ def _is_users(stage: Stage, key: str) -> bool:
     return key in stage.explicit or any(override.key == key for override in stage.overrides)
 
 
-def _needs_basic_trainer(stage: Stage) -> str | None:
+def needs_basic_trainer(stage: Stage) -> str | None:
     """A setting of the stage that only BasicTrainer has."""
     if stage.get("quantize"):
         return "quantize"

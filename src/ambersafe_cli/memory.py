@@ -52,8 +52,8 @@ _PAGED = 100_000
 _LOGPS_NUMBERS = 2**24
 """How many logits LogpsOfLabels of the patch 0028 takes at a time."""
 
-_EMBEDDING = re.compile(r"embed_tokens|embed_in|wte|word_embeddings")
-_OUTPUT = re.compile(r"(^|\.)(lm_head|embed_out)\.")
+EMBEDDING = re.compile(r"embed_tokens|embed_in|wte|word_embeddings")
+OUTPUT = re.compile(r"(^|\.)(lm_head|embed_out)\.")
 _READ_ALIKE = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "mlp", "up": "mlp"}
 """Matrices of LLaMA that have the same input."""
 _BLOCK = re.compile(r"\.\d+\.|^h\.\d+\.")
@@ -91,7 +91,7 @@ class Lengths:
 @dataclass(frozen=True)
 class Shape:
     """Sizes of a model: in numbers, `attention` being what o_proj takes; `tensors` are the sizes of all of its tensors,
-    `linears` the shapes of those that are matrices of its layers, by name."""
+    `linears` the shapes of those that are matrices of its layers, by name, and `outside` of all other matrices."""
 
     hidden: int
     layers: int
@@ -101,6 +101,7 @@ class Shape:
     is_tied: bool
     tensors: tuple[int, ...]
     linears: Mapping[str, tuple[int, int]]
+    outside: Mapping[str, tuple[int, int]]
 
     @property
     def parameters(self) -> int:
@@ -124,21 +125,22 @@ class Shape:
 
 def shape_of(model: checkpoints.Shapes) -> Shape:
     """The sizes of a model, by the names and shapes of its tensors."""
-    hidden = max((shape[1] for name, shape in model.items() if _EMBEDDING.search(name)), default=0)
+    hidden = max((shape[1] for name, shape in model.items() if EMBEDDING.search(name)), default=0)
     linears = {
         name: (shape[0], shape[1])
         for name, shape in model.items()
-        if len(shape) == 2 and _BLOCK.search(name) and not _EMBEDDING.search(name)
+        if len(shape) == 2 and _BLOCK.search(name) and not EMBEDDING.search(name)
     }
     return Shape(
         hidden=hidden,
         layers=len({match[0] for name in model if (match := _BLOCK.search(name))}),
         inner=max((max(shape) for name, shape in linears.items() if "mlp" in name), default=4 * hidden),
         attention=max((shape[1] for name, shape in linears.items() if "self_attn.o_proj" in name), default=hidden),
-        vocabulary=max((shape[0] for name, shape in model.items() if _EMBEDDING.search(name)), default=0),
-        is_tied=not any(_OUTPUT.search(name) for name in model),
+        vocabulary=max((shape[0] for name, shape in model.items() if EMBEDDING.search(name)), default=0),
+        is_tied=not any(OUTPUT.search(name) for name in model),
         tensors=tuple(math.prod(shape) for shape in model.values()),
         linears=linears,
+        outside={n: (s[0], s[1]) for n, s in model.items() if len(s) == 2 and n not in linears},
     )
 
 
@@ -147,8 +149,11 @@ def targets(shape: Shape, config: Mapping[str, Any]) -> dict[str, tuple[int, int
     wanted = config.get("lora_targets", "all-linear")
     if not isinstance(wanted, list | tuple):
         return dict(shape.linears)
-    ends = {str(each) for each in wanted}
-    return {name: size for name, size in shape.linears.items() if ends & set(name.split("."))}
+    return {
+        name: size
+        for name, size in {**shape.linears, **shape.outside}.items()
+        if any(f".{name.removesuffix('.weight')}".endswith(f".{each}") for each in wanted)
+    }
 
 
 def trained(shape: Shape, config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -459,7 +464,7 @@ class _Job:
         if name in _IN_8_BITS or name in ("PagedAdamW", "SGD"):
             return
         roots = 1 if name == "RMSprop" else 2
-        yield Part("working memory", roots * max(tensors) * wide // self.shards, f"{name}'s of one tensor")
+        yield Part("working memory", roots * max(tensors, default=0) * wide // self.shards, f"{name}'s of one tensor")
 
     def evaluating(self) -> Iterator[Part]:
         """A forward pass without gradients, of as many sequences as an evaluation takes at once."""

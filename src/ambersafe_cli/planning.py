@@ -20,8 +20,9 @@ from ambersafe_cli import asking, cards, checkpoints, data_findings, display, en
 from ambersafe_cli import recipe as recipes
 from ambersafe_cli.adapter_findings import LEAST_RATES
 from ambersafe_cli.errors import DataError, UsageError
+from ambersafe_cli.launch import needs_basic_trainer
 from ambersafe_cli.overrides import Value, assign
-from ambersafe_cli.plans import in_gigabytes
+from ambersafe_cli.plans import count_steps, in_gigabytes
 
 CUDA_BYTES = 1_000_000_000
 """What CUDA's context and libraries take of a GPU, about."""
@@ -140,14 +141,22 @@ def usable(gpu_bytes: int) -> int:
     return int(gpu_bytes * (1 - FRAGMENTS)) - CUDA_BYTES
 
 
-def ways(stage: recipes.Stage, gpus: int, has_bfloat16: bool = True) -> list[Way]:
+def ways(stage: recipes.Stage, gpus: int, has_bfloat16: bool = True, is_sharded: bool | None = None) -> list[Way]:
     """The ways to train a stage on so many GPUs, the best one first, without those that its settings rule out.
 
+    `is_sharded`: whether FSDPTrainer trains, as it does on several GPUs unless that is said otherwise.
+
     A flag or KEY=VALUE always wins. A recipe that trains an adapter has a learning rate for nothing else; one that is
-    for all weights leaves an adapter where it was, so it gets another, and AdamW in place of upstream's RMSprop.
+    for all weights leaves an adapter where it was, so it gets another, and AdamW in place of upstream's RMSprop. FSDP
+    shards neither quantized weights nor states of bitsandbytes' optimizers.
     """
     mixed: Mapping[str, Value] = {"mixed_precision": "bfloat16" if has_bfloat16 else None}
-    trainer: Mapping[str, Value] = {"trainer": "BasicTrainer" if gpus == 1 else "FSDPTrainer", **mixed}
+    is_sharded = gpus > 1 if is_sharded is None else is_sharded
+    trainer: dict[str, Value] = {"trainer": "FSDPTrainer" if is_sharded else "BasicTrainer", **mixed}
+    if is_sharded and needs_basic_trainer(stage.with_values({"quantize": None})):
+        if _given(stage) & {"optimizer", "offload_reference"}:
+            return []
+        trainer |= {"optimizer": "AdamW", "offload_reference": False}
     full: Mapping[str, Value] = {"lora": False, "quantize": None, "model.policy_dtype": "float32", **trainer}
     frozen = "bfloat16" if has_bfloat16 else "float32"
     adapter: Mapping[str, Value] = {"lora": True, "quantize": None, "model.policy_dtype": frozen, **trainer}
@@ -155,11 +164,12 @@ def ways(stage: recipes.Stage, gpus: int, has_bfloat16: bool = True) -> list[Way
     if float(_setting(stage, "lr")) < LEAST_RATES[stage.name]:  # one for all weights
         adapter = {**adapter, "lr": RATES[stage.name]}
     found = [Way("full", full)]
-    found += [Way("full, 8-bit", {**full, "optimizer": "AdamW8bit"})] if gpus == 1 else []
+    found += [] if is_sharded else [Way("full, 8-bit", {**full, "optimizer": "AdamW8bit"})]
     found.append(Way("LoRA", {**adapter, **({"optimizer": "AdamW"} if is_default else {})}))
-    if gpus == 1 and has_bfloat16:
+    if not is_sharded and has_bfloat16:
         paged: Mapping[str, Value] = {"optimizer": "PagedAdamW8bit"} if is_default else {}
-        found.append(Way("QLoRA", {**adapter, "quantize": "4bit", **paged}))
+        bits = stage.get("quantize") or "4bit"
+        found.append(Way("QLoRA" if bits == "4bit" else "LoRA, 8bit", {**adapter, "quantize": bits, **paged}))
     if stage.get("lora"):
         found = [way for way in found if way.values["lora"]]
     given = {key: stage.get(key) for key in _given(stage)}
@@ -240,7 +250,8 @@ def _evaluation(
     own = int(_setting(stage, "eval_batch_size"))
     if "eval_batch_size" in _given(stage):
         return {}
-    sizes = [size for size in range(own, 0, -1) if own % size == 0 and size % gpus == 0] or [own]
+    sizes = [size for size in range(own, 0, -1) if own % size == 0 and size % gpus == 0]
+    sizes = sizes or [max(own // gpus, 1) * gpus]  # FSDPTrainer takes no other
     for size in sizes:
         config = config_of(stage, {**values, "eval_batch_size": size})
         moments = memory.moments(stage.name, config, shape, lengths, gpus)
@@ -256,6 +267,7 @@ def choose(
     gpus: int,
     gpu_bytes: int,
     has_bfloat16: bool = True,
+    is_sharded: bool | None = None,
 ) -> Choice | None:
     """What --auto takes: the best way that fits so many GPUs of so many bytes each, None if none does.
 
@@ -263,7 +275,7 @@ def choose(
     a flag or KEY=VALUE set, and none that already has its value. Raises UsageError for a batch that GPUs cannot share.
     """
     shape, given, lacking = memory.shape_of(shapes), _given(stage), []
-    for way in ways(stage, gpus, has_bfloat16):
+    for way in ways(stage, gpus, has_bfloat16, is_sharded):
         if way.name == "full, 8-bit":
             continue
         found = fit(stage, way, shape, lengths, gpus, gpu_bytes)
@@ -299,7 +311,10 @@ def automatic(
         known = {key: value for key, value in known.items() if key not in _given(stage)}
         asked = replace(stage.with_values(known), explicit=stage.explicit | known.keys())
     lengths, room = read_data(stage, child.python).lengths, min(child.gpu_bytes)
-    choice = choose(asked, read_shapes(stage, child.python), lengths, gpus, room, child.has_bfloat16)
+    is_sharded = gpus > 1 or processes is not None or (_given(stage) >= {"trainer"} and "FSDP" in stage.trainer)
+    if not ways(asked, gpus, child.has_bfloat16, is_sharded):
+        raise UsageError(f"--auto knows no way to train on {gpus} GPUs that goes with these settings.", ELSEWHERE)
+    choice = choose(asked, read_shapes(stage, child.python), lengths, gpus, room, child.has_bfloat16, is_sharded)
     if choice is None:
         size = f"{room / 2**30:.0f}GB"
         raise UsageError(
@@ -320,10 +335,7 @@ ELSEWHERE = "`ambersafe plan --gpu 24GB` shows what fits another one, with the c
 def seconds(stage: str, config: Mapping[str, Any], shape: memory.Shape, data: Data, gpus: int, rate: float) -> float:
     """How long a stage trains at `rate` operations a second of each GPU."""
     sequences = (2 if stage == "dpo" else 1) * data.examples
-    if config.get("n_epochs") is None:
-        epochs = int(config.get("n_examples") or data.examples) / max(data.examples, 1)
-    else:
-        epochs = float(config["n_epochs"])
+    epochs = _trained_on(config, data) / max(data.examples, 1)
     matrices, attention = 2 * shape.computing, 2 * shape.layers * shape.attention * data.mean
     forward = matrices + attention
     training = forward + 2 * attention + (1 if config.get("lora") else 2) * matrices
@@ -334,9 +346,16 @@ def seconds(stage: str, config: Mapping[str, Any], shape: memory.Shape, data: Da
     return sequences * data.mean * total / (gpus * rate)
 
 
+def _trained_on(config: Mapping[str, Any], data: Data) -> int:
+    """How many examples are trained on in all, of data that make a batch at least."""
+    limits = (config.get("n_epochs"), config.get("n_examples"))
+    batch = int(config["batch_size"])
+    return batch * count_steps(max(data.examples, batch), batch, *limits, bool(config.get("fill_last_batch")))
+
+
 def disk_bytes(stage: str, config: Mapping[str, Any], shape: memory.Shape, data: Data) -> int:
     """Bytes of the checkpoints that are there at once: those that are kept, the one being written, and LATEST."""
-    saves = int(data.examples * float(config.get("n_epochs") or 1)) // int(config["eval_every"])
+    saves = _trained_on(config, data) // int(config["eval_every"])
     kept = saves if config.get("keep_checkpoints") is None else min(saves, int(config["keep_checkpoints"]) + 1)
     return memory.checkpoint_bytes(stage, config, shape) * (kept + 1 + (config.get("keep_best") is not None))
 
@@ -376,8 +395,12 @@ def command(stage: recipes.Stage, request: Request, found: Fit) -> str:
 def run(request: Request) -> None:
     """Show which ways fit. Raises AmberSafeError: UsageError if none does."""
     card, said = cards.find(request.gpu)
+    if request.rate is not None and request.rate < LEAST_RATE:
+        raise UsageError(f"No GPU trains at --rate {request.rate:g} TFLOP/s.", "Leave it away, or measure it.")
     chosen = recipes.load(request.recipe)
     stages = [recipes.resolve(name, chosen, request.flags, request.overrides) for name in request.stages]
+    for stage in stages:
+        _require_counts(stage)
     shape = memory.shape_of(read_shapes(stages[0], request.python))
     rate = request.rate * 1e12 if request.rate else card.rate * 1e12 * UTILISATION
     has_bfloat16 = card.bfloat16 is not None
@@ -392,6 +415,17 @@ def run(request: Request) -> None:
     else:
         _show(request, card, said, shape, rate, found)
     _require_one(request, card, found)
+
+
+LEAST_RATE = 0.01
+_COUNTS = ("batch_size", "gradient_accumulation_steps", "eval_batch_size", "eval_every", "max_length")
+
+
+def _require_counts(stage: recipes.Stage) -> None:
+    for key in _COUNTS:
+        value = _setting(stage, key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UsageError(f"{key} must be a whole number from 1 on, it is {value!r}.", f"Change {key}.")
 
 
 def read_shapes(stage: recipes.Stage, python: str) -> checkpoints.Shapes:
@@ -487,6 +521,8 @@ def _show(
     facts += [("data", f"{each.data.said} ({each.stage.name})") for each in found]
     if card.bfloat16 is None:
         facts.append(("note", "it has no bfloat16: without --bf16, and no QLoRA, which computes in it"))
+    if request.gpus > 1:
+        facts.append(("note", "QLoRA and optimizers of 8 bits train on one GPU, and are not among these"))
     display.write_facts(facts, indent=9)
     columns = ["way", "batch", "again", "weights", "trained", "acts", "other", "total", "spare"]
     for planned in found:

@@ -270,7 +270,8 @@ def _of_archive(subject: Subject, config: Mapping[str, Any], model: checkpoints.
         return
     shapes = checkpoints.policy_shapes(Path(str(archive)))
     integrity.require_whole(Path(str(archive)))
-    yield from adapter_findings.of_archive(stage, config, subject.environment, model)
+    applied = {p.patch.subject for p in subject.clone.patches if p.state != "missing"}
+    yield from adapter_findings.of_archive(stage, config, subject.environment, model, applied)
     is_adapter = checkpoints.adapter_of(Path(str(archive))) is not None
     wrong = checkpoints.differences(shapes, model) if model and not is_adapter else []
     if wrong:

@@ -225,8 +225,9 @@ def _check_lora(stage: Stage) -> None:
     if stage.get("lora") not in (None, True, False):
         raise UsageError(f"lora must be true or false, it is {stage.get('lora')!r}.", "--lora sets it.")
     if not stage.get("lora"):
-        if given := sorted(key for key in stage.explicit if key.startswith("lora_")):
-            raise UsageError(f"--{given[0].replace('_', '-')} is about LoRA, which is not asked for.", "Add --lora.")
+        given = stage.explicit | {override.key for override in stage.overrides}
+        if about := sorted(key for key in given if key.startswith("lora_")):
+            raise UsageError(f"{about[0]} is about LoRA, which is not asked for.", "Add --lora.")
         if stage.get("quantize"):
             raise UsageError("quantize needs LoRA: weights of so few bits cannot be trained themselves.", "Add --lora.")
         return
@@ -237,10 +238,11 @@ def _check_lora(stage: Stage) -> None:
         raise UsageError(f"lora_alpha must be a number above 0, it is {alpha!r}.", "Give --lora-alpha.")
     if dropout is not None and (not isinstance(dropout, int | float) or not 0 <= dropout < 1):
         raise UsageError(f"lora_dropout must be a number from 0 to below 1, it is {dropout!r}.", "Give --lora-dropout.")
-    targets = stage.get("lora_targets")
-    names = targets if isinstance(targets, list) else [targets or "all-linear"]
-    if not names or not all(isinstance(name, str) and name for name in names):
-        raise UsageError(f"lora_targets must be all-linear or names of layers, it is {targets!r}.", "--lora-targets")
+    targets = stage.get("lora_targets") or "all-linear"
+    is_list = isinstance(targets, list) and all(isinstance(name, str) and name for name in targets)
+    if targets != "all-linear" and not is_list:
+        hint = f"Write lora_targets=[{targets}], or --lora-targets {targets}." if isinstance(targets, str) else ""
+        raise UsageError(f"lora_targets must be all-linear or a list of names, it is {targets!r}.", hint)
     if "TensorParallel" in stage.trainer:
         raise UsageError("TensorParallelTrainer has no LoRA.", "--trainer takes FSDPTrainer or BasicTrainer.")
     if stage.get("quantize") not in (None, "4bit", "8bit"):

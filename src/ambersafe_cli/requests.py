@@ -79,7 +79,7 @@ def read(stage: recipes.StageName, params: Mapping[str, Any]) -> Request:
         values["activation_checkpointing"] = True
     if params["lora"]:
         values["lora"] = True
-    if params["lora_targets"]:
+    if params["lora_targets"] is not None:
         targets = [name.strip() for name in params["lora_targets"].split(",")]
         values["lora_targets"] = targets[0] if targets == ["all-linear"] else [*targets]
     if params["quantize"]:

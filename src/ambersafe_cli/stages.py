@@ -183,8 +183,10 @@ def prepare(request: Request) -> Prepared:
         each = processes or request.slurm.gpus_per_node
         if each is None:
             raise UsageError("--slurm needs --gpus-per-node, or --nproc where there are no GPUs.")
-        processes = each * request.slurm.nodes
-        child = replace(child, gpus=("a GPU of Slurm",) * processes if request.slurm.gpus_per_node else ())
+        total = each * request.slurm.nodes
+        child = replace(child, gpus=("a GPU of Slurm",) * total if request.slurm.gpus_per_node else ())
+        is_alone = total == 1 and ("FSDP" not in stage.trainer or launch.needs_basic_trainer(stage))
+        processes = None if is_alone and request.processes is None else total
     stage, plan = launch.plan(stage, clone, child, folder, processes, request.machines)
     return Prepared(
         stage, plan, clone, chosen, child, sft_run, _next_command(request, plan), request.allow_modified,
