@@ -1,7 +1,7 @@
 """The command that runs train.py: a stage, fitted to the clone and the machine."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,25 +58,58 @@ def plan(
 
     Raises UsageError for what cannot be had, MachinesError.
     """
-    notes: list[str] = []
     applied = {p.patch.subject for p in clone.patches if p.state != "missing"}
-    can_torchrun = TORCHRUN_PATCH in applied
-    for flag, is_given, subject in (
+    _require_patches(stage, applied, processes, of)
+    stage, processes, notes = _fit_trainer(stage, environment, processes, of)
+    stage = _fit_precision(stage)
+    unknown = [k for p in clone.patches if p.state == "missing" for k in p.patch.config_keys if k in stage.values]
+    for key in unknown:
+        if key in stage.explicit or (key in ("lora", "quantize") and stage.values[key]):
+            raise UsageError(f"{key} comes with a patch that {clone.folder} lacks.", "Apply it: `ambersafe setup`.")
+        notes.append(f"{key} is left away: the patch that adds it is not in {clone.folder}.")
+    stage = stage.without(unknown)
+
+    argv = [assign(key, value) for key, value in stage.values.items()]
+    argv += [assign("local_run_dir", str(run_folder)), assign("hydra.run.dir", str(run_folder / "hydra"))]
+    settings = {"SAFERLHF_DATASET": stage.data, "SAFERLHF_REVISION": stage.data_revision or "", "PYTHONUNBUFFERED": "1"}
+    start = [environment.python]
+    if TORCHRUN_PATCH in applied and "FSDP" in stage.trainer:
+        start += torchrun(environment.python_version, of, processes or 1)
+        settings |= machines.settings(of)
+        if RESTART_PATCH in applied and not any(o.key == "resume" for o in stage.overrides):
+            argv.append(assign("resume", NEWEST))
+    argv += [override.text for override in stage.overrides if override.key != "local_run_dir"]
+    if user_name().startswith("uid-"):
+        settings["LOGNAME"] = user_name()  # upstream's getpass.getuser() would raise KeyError
+    words = (*start, str(clone.train_py), *argv)
+    world = (processes or 1) * of.count
+    return stage, Launch(run_folder, clone.folder, words, settings, world, tuple(notes), of)
+
+
+def _require_patches(stage: Stage, applied: Collection[str], processes: int | None, of: Machines) -> None:
+    """Raise UsageError for what is asked for and comes with a patch that the clone lacks."""
+    optimizer = stage.get("optimizer")
+    for what, is_asked_for, subject in (
         ("--nproc", processes is not None, TORCHRUN_PATCH),
         ("--max-restarts", of.restarts > 0, RESTART_PATCH),
         ("--nnodes", of.count > 1, MACHINES_PATCH),
+        (optimizer, optimizer in BITSANDBYTES, OPTIMIZER_PATCH),
     ):
-        if is_given and subject not in applied:
-            raise UsageError(f"{flag} needs the patch {subject!r}.", "Apply it: `ambersafe setup`.")
+        if is_asked_for and subject not in applied:
+            raise UsageError(f"{what} needs the patch {subject!r}.", "Apply it: `ambersafe setup`.")
+
+
+def _fit_trainer(
+    stage: Stage, environment: TrainingEnvironment, processes: int | None, of: Machines
+) -> tuple[Stage, int | None, list[str]]:
+    """The stage with the trainer that goes with the GPUs and what is asked for, the processes of each machine, and
+    notes of what was changed. Raises UsageError for what does not go together."""
+    notes: list[str] = []
     if processes is None and not environment.gpus and (of.count > 1 or of.restarts):
         flag = "--nnodes" if of.count > 1 else "--max-restarts"
         raise UsageError(f"{flag} needs --nproc where there is no GPU.", "--nproc 1 trains in one process a machine.")
     if processes is not None and environment.gpus and processes > len(environment.gpus):
         raise UsageError(f"--nproc {processes} needs as many GPUs, and there are {len(environment.gpus)}.")
-    if stage.get("optimizer") in BITSANDBYTES and OPTIMIZER_PATCH not in applied:
-        raise UsageError(
-            f"{stage.get('optimizer')} needs the patch {OPTIMIZER_PATCH!r}.", "Apply it: `ambersafe setup`."
-        )
     if (alone := needs_basic_trainer(stage)) and ("FSDP" in stage.trainer or processes is not None):
         if processes is not None or of.count > 1 or _is_users(stage, "trainer"):
             raise UsageError(
@@ -95,6 +128,11 @@ def plan(
             raise UsageError(f"--nproc needs FSDPTrainer: {stage.trainer} trains in one process.")
         notes.append(f"--nproc: FSDPTrainer in place of the recipe's {stage.trainer}.")
         stage = stage.with_values({"trainer": "FSDPTrainer"})
+    return stage, processes, notes
+
+
+def _fit_precision(stage: Stage) -> Stage:
+    """The stage with the types of its weights, where something else decides about them. Raises UsageError."""
     if stage.get("model.fsdp_policy_mp") and "FSDP" not in stage.trainer:
         raise UsageError(f"model.fsdp_policy_mp is for FSDPTrainer, not {stage.trainer}.", "--bf16 is for both.")
     if stage.get("quantize") and not _is_users(stage, "mixed_precision"):
@@ -108,29 +146,7 @@ def plan(
         # The reference model has to compute as the policy does, or rewards begin with the difference in rounding.
         dtype = stage.get("mixed_precision") if "FSDP" in stage.trainer else "float32"
         stage = stage.with_values({"model.reference_dtype": dtype})
-
-    unknown = [k for p in clone.patches if p.state == "missing" for k in p.patch.config_keys if k in stage.values]
-    for key in unknown:
-        if key in stage.explicit or (key in ("lora", "quantize") and stage.values[key]):
-            raise UsageError(f"{key} comes with a patch that {clone.folder} lacks.", "Apply it: `ambersafe setup`.")
-        notes.append(f"{key} is left away: the patch that adds it is not in {clone.folder}.")
-    stage = stage.without(unknown)
-
-    argv = [assign(key, value) for key, value in stage.values.items()]
-    argv += [assign("local_run_dir", str(run_folder)), assign("hydra.run.dir", str(run_folder / "hydra"))]
-    settings = {"SAFERLHF_DATASET": stage.data, "SAFERLHF_REVISION": stage.data_revision or "", "PYTHONUNBUFFERED": "1"}
-    start = [environment.python]
-    if can_torchrun and "FSDP" in stage.trainer:
-        start += torchrun(environment.python_version, of, processes or 1)
-        settings |= machines.settings(of)
-        if RESTART_PATCH in applied and not any(o.key == "resume" for o in stage.overrides):
-            argv.append(assign("resume", NEWEST))
-    argv += [override.text for override in stage.overrides if override.key != "local_run_dir"]
-    if user_name().startswith("uid-"):
-        settings["LOGNAME"] = user_name()  # upstream's getpass.getuser() would raise KeyError
-    words = (*start, str(clone.train_py), *argv)
-    world = (processes or 1) * of.count
-    return stage, Launch(run_folder, clone.folder, words, settings, world, tuple(notes), of)
+    return stage
 
 
 def _is_users(stage: Stage, key: str) -> bool:
