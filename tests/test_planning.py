@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ import bench_data
 import bench_memory
 import pytest
 from conftest import ROOT, Ambersafe
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from terminal import Terminal
 
 from ambersafe_cli import cards, checkpoints, environment, launch, memory, planning, recipe
@@ -450,7 +453,8 @@ def test_the_plan_needs_a_config_alone_and_its_commands_can_be_pasted(
     rows = [line for line in shown.splitlines() if line.startswith((" way", " full", " LoRA", " QLoRA"))]
     assert len(rows) == 5
     assert {line.rstrip() for line in lines} >= set(rows), "the README shows what the command prints"
-    commands = [line.strip() for line in lines if line.startswith("  ambersafe ")]
+    joined = planned.stdout.replace(" \\\n   ", "").splitlines()
+    commands = [line.strip() for line in joined if line.startswith("  ambersafe ")]
     assert max(len(line.rstrip()) for line in lines if str(amberchat) not in line) <= 80
     assert [shlex.split(each)[1] for each in commands] == ["sft", "sft", "dpo", "dpo"], "LoRA and QLoRA fit, full not"
     known = {each["way"]: each for each in planned_as_json(ambersafe, amberchat)["stages"]["sft"]["ways"]}
@@ -467,6 +471,14 @@ def test_the_plan_needs_a_config_alone_and_its_commands_can_be_pasted(
         assert told.get("quantize") == ("'4bit'" if way == "QLoRA" else None), "quoted, as Hydra wants it"
         assert float(told["lr"]) == known[way]["values"]["lr"]
         assert told["optimizer"] == known[way]["values"]["optimizer"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.text(st.characters(codec="ascii", exclude_characters="\0"), max_size=30), min_size=1, max_size=12))
+def test_a_command_in_lines_is_the_same_for_a_shell(words: list[str]) -> None:
+    told = planning.in_lines(shlex.join(["printf", "%s\\0", *words]))
+    printed = subprocess.run(["bash", "-c", told], capture_output=True, check=True).stdout.decode()
+    assert printed.split("\0")[:-1] == words
 
 
 def planned_as_json(ambersafe: Ambersafe, model: Path, *given: object) -> dict[str, Any]:

@@ -392,6 +392,22 @@ def command(stage: recipes.Stage, request: Request, found: Fit) -> str:
     return shlex.join(["ambersafe", stage.name, *flags, *words(stage, found.values), *request.overrides])
 
 
+def in_lines(command: str, width: int = 78) -> str:
+    """A command for a shell in lines of so many columns, as far as its words allow, that can be pasted together."""
+    parts: list[str] = []
+    for word in map(shlex.quote, shlex.split(command)):
+        if parts and parts[-1].startswith("--") and " " not in parts[-1] and not word.startswith("-"):
+            parts[-1] += f" {word}"  # a flag and its value stay together
+        else:
+            parts.append(word)
+    lines = [" "]
+    for part in parts:
+        if len(lines[-1]) + 1 + len(part) > width - 2 and lines[-1].strip():
+            lines.append("   ")
+        lines[-1] += f" {part}"
+    return " \\\n".join(lines)
+
+
 def run(request: Request) -> None:
     """Show which ways fit. Raises AmberSafeError: UsageError if none does."""
     card, said = cards.find(request.gpu)
@@ -535,7 +551,7 @@ def _show(
             hours = seconds(stage.name, config, shape, data, request.gpus, rate) / 3600
             disk = in_gigabytes(disk_bytes(stage.name, config, shape, data))
             display.write(f"{each.way}: {hours:.1f} hours, {disk} on disk")
-            display.write(f"  {command(stage, request, each)}")
+            display.write(in_lines(command(stage, request, each)))
     legend = "GB of a card, at the moment that needs most. batch: examples of a microbatch; again: with activation "
     display.write_facts(
         [("", f"{legend}checkpointing; trained: gradients and the optimizer's state. 8-bit: its state alone.")],
