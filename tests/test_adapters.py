@@ -616,7 +616,7 @@ def test_merging_takes_a_copy_of_the_weights_in_float32_beside_the_mapped_files(
         adapter = make_adapter(base, base / "step-1", "all-linear" if layers else ["embed_tokens"])
         peaks.append(peak(base, None, checkpoint=str(adapter), merge=True))
     assert peaks[1] - peaks[0] > 0.5 * sizes[1], "or this shows nothing"
-    assert peaks[1] - peaks[0] < 2.7 * sizes[1], "2 and what the allocator leaves open; one more copy would be 3"
+    assert peaks[1] - peaks[0] < 2.3 * sizes[1]
 
 
 def test_sums_that_a_dtype_does_not_have_are_an_error(tuned: SimpleNamespace, child: Child, tmp_path: Path) -> None:

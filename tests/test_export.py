@@ -1,6 +1,7 @@
 """`ambersafe export`: the folder loads in a process that has only transformers, with the numbers of the checkpoint."""
 
 import json
+import os
 import resource
 import shutil
 import signal
@@ -253,7 +254,8 @@ def request(base: Path, folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def peak(base: Path, dtype: str | None, **changes: Any) -> int:
-    """The most bytes that are resident at a time in the process that exports. Its own, so that it is no other's."""
+    """The most bytes that are resident at a time in the process that exports. Its own, so that it is no other's; and
+    glibc gives back what is freed, so that no holes in its heap count."""
     code = (
         "import resource, subprocess, sys\n"
         "done = subprocess.run(sys.argv[2:], input=sys.argv[1].encode(), capture_output=True, check=True)\n"
@@ -263,7 +265,8 @@ def peak(base: Path, dtype: str | None, **changes: Any) -> int:
     folder = base.with_name(f"{base.name}-{dtype}")
     asked = json.dumps(request(base, folder, dtype=dtype, **changes))
     command = [sys.executable, "-c", code, asked, sys.executable, str(CHILDREN / "export_checkpoint.py")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
 
