@@ -224,7 +224,7 @@ def test_a_number_of_ranks_that_would_drop_examples_is_refused_by_resume_and_by_
     where = ("--nproc", 3, "--no-preflight", "--exp-name", "sft", *TINY)
     done = run_ambersafe("sft", *given, *where, cwd=tmp_path)
     assert done.returncode != 0
-    assert "batch_size 16 in 2 microbatches" in done.stderr and "for 3 ranks" in done.stderr
+    assert "batch_size 16 in 2 microbatches" in done.stderr and "(ranks: 3)" in done.stderr
     run = tmp_path / ".cache" / "again"
     shutil.copytree(only_run(tmp_path, "sft"), run)
     done = run_ambersafe("resume", run, "--nproc", 5, cwd=tmp_path)
