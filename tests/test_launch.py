@@ -216,7 +216,7 @@ def test_nproc_starts_that_many_processes_through_torchrun(ambersafe: Ambersafe,
         (("--bf16", "--nproc", "2"), "bfloat16"),
         (("--bf16", "--nproc", "2", "model.reference_dtype=float16"), "float16"),
         (("--nproc", "2"), "float32"),  # the recipe's
-        (("mixed_precision=bfloat16", "--nproc", "2"), "float32"),
+        (("mixed_precision=bfloat16", "--nproc", "2"), "bfloat16"),
     ],
 )
 def test_with_bf16_the_reference_model_computes_as_the_policy_unless_it_is_told_otherwise(
@@ -229,10 +229,9 @@ def test_with_bf16_the_reference_model_computes_as_the_policy_unless_it_is_told_
     assert re.findall(r"model.reference_dtype='?(\w+)", done.stdout) == [wanted]
 
 
-def test_gpus_that_the_driver_lists_make_one_process_each(
-    ambersafe: Ambersafe, fake_clone: Path, model: Path, tmp_path: Path
-) -> None:
-    """With a torch that is built for CUDA, and an nvidia-smi, that are both pretended."""
+@pytest.fixture
+def pretended(tmp_path: Path) -> dict[str, str]:
+    """Variables that pretend a torch that is built for CUDA, and an nvidia-smi that lists four GPUs."""
     site, tools = tmp_path / "site", tmp_path / "bin"
     (site / "torch").mkdir(parents=True)
     (site / "torch" / "__init__.py").touch()
@@ -241,7 +240,63 @@ def test_gpus_that_the_driver_lists_make_one_process_each(
     listed = "".join(f"echo 'GPU {n}: NVIDIA H100 80GB HBM3 (UUID: GPU-{n})'\n" for n in range(4))
     (tools / "nvidia-smi").write_text(f"#!/bin/sh\n{listed}")
     (tools / "nvidia-smi").chmod(0o755)
-    pretended = {"PYTHONPATH": str(site), "PATH": f"{tools}:{os.environ['PATH']}"}
+    return {"PYTHONPATH": str(site), "PATH": f"{tools}:{os.environ['PATH']}"}
+
+
+@pytest.mark.parametrize(
+    ("given", "own", "wanted", "said"),
+    [
+        ((), False, ["float32"], "in float32, as the policy is: upstream's float16 is slow on a CPU"),
+        (("model.policy_dtype=bfloat16",), False, ["bfloat16"], "in bfloat16, as the policy is"),
+        (("model.reference_dtype=float16",), False, ["float16"], ""),
+        (("--recipe", "best"), False, ["float32"], ""),
+        (("--lora",), False, [], ""),
+        ((), True, [], "in float16, as AmberSafe's was, and the policy in float32: rewards begin at the difference"),
+        (("--recipe", "best"), True, ["float32"], ""),
+        (("--recipe", "best", "--bf16"), True, ["bfloat16"], ""),
+        (("--recipe", "best", "mixed_precision=bfloat16"), True, ["bfloat16"], ""),
+        (("--recipe", "best", "model.reference_dtype=float16"), True, ["float16"], ""),
+    ],
+)
+def test_the_reference_model_computes_as_the_policy_but_where_ambersafe_is_reproduced(
+    ambersafe: Ambersafe,
+    fake_clone: Path,
+    model: Path,
+    tmp_path: Path,
+    pretended: dict[str, str],
+    given: tuple[str, ...],
+    own: bool,
+    wanted: list[str],
+    said: str,
+) -> None:
+    """`own`: on GPUs."""
+    archive = tmp_path / "policy.pt"
+    archive.touch()
+    env = pretended if own else {}
+    done = ambersafe("dpo", "--model", model, "--archive", archive, "--dry-run", *given, env=env)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"model.reference_dtype='?(\w+)", done.stdout) == wanted
+    assert ("The reference model is" in " ".join(done.stderr.split())) == bool(said)
+    assert said in " ".join(done.stderr.split())
+
+
+def test_pytorch_is_told_what_suits_batches_of_many_lengths_on_gpus_alone_and_the_user_s_word_stays(
+    ambersafe: Ambersafe, fake_clone: Path, model: Path, pretended: dict[str, str]
+) -> None:
+    allocator, order = "ALLOC_CONF=expandable_segments:True", "TORCH_CUDNN_SDPA_DEPRIORITIZED=1"
+    command = ("sft", "--model", model, "--dry-run")
+    assert "ALLOC_CONF" not in (alone := ambersafe(*command).stdout) and order not in alone
+    found = ambersafe(*command, env=pretended).stdout
+    assert f" PYTORCH_{allocator} " in found and f" {order} " in found
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        found = ambersafe(*command, env={**pretended, name: "backend:native"}).stdout
+        assert "ALLOC_CONF" not in found and order in found
+    assert order not in ambersafe(*command, env={**pretended, "TORCH_CUDNN_SDPA_DEPRIORITIZED": "0"}).stdout
+
+
+def test_gpus_that_the_driver_lists_make_one_process_each(
+    ambersafe: Ambersafe, fake_clone: Path, model: Path, pretended: dict[str, str]
+) -> None:
     for visible, count in ((None, 4), ("0,2", 2), ("1,9,0", 1)):
         env = pretended | ({"CUDA_VISIBLE_DEVICES": visible} if visible else {})
         done = ambersafe("sft", "--model", model, "--dry-run", env=env)

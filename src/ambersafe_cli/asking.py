@@ -52,12 +52,13 @@ def ask(
     """
     child = environment.probe(python)
     child.require_packages()
-    quiet = {f"{library}_VERBOSITY": "error" for library in ("HF_HUB", "DATASETS", "TRANSFORMERS")}
+    own = {f"{library}_VERBOSITY": "error" for library in ("HF_HUB", "DATASETS", "TRANSFORMERS")}
+    own |= environment.settings_for_gpus() if child.gpus else {}
     inherited = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}  # it imports its siblings
     with display.progress(title) as progress, tempfile.TemporaryFile() as said:
         process = subprocess.Popen(
             [child.python, str(_CHILDREN / script)],
-            env={**inherited, **quiet, "HF_HUB_DISABLE_PROGRESS_BARS": "1", **settings},
+            env={**inherited, **own, "HF_HUB_DISABLE_PROGRESS_BARS": "1", **settings},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=said,

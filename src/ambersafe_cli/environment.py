@@ -85,6 +85,18 @@ class TrainingEnvironment:
             raise TrainingEnvironmentError(f"{self.python} lacks {', '.join(self.missing)}.", INSTALL_HINT)
 
 
+def settings_for_gpus() -> dict[str, str]:
+    """What PyTorch reads from its environment on GPUs, as far as the user's own does not say it.
+
+    cuDNN's attention, which PyTorch tries first on Hopper, plans each length that it has not seen: it comes last.
+    The allocator's blocks can grow, so that batches of many lengths leave few holes between them.
+    """
+    found = {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"}
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
+        found["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    return {key: value for key, value in found.items() if key not in os.environ}
+
+
 def probe(python: str, ask_torch: bool = False) -> TrainingEnvironment:
     """Ask an interpreter, a path or a name on PATH, what it has. Raises TrainingEnvironmentError if it cannot say.
 

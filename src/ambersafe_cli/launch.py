@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ambersafe_cli import machines
-from ambersafe_cli.environment import TrainingEnvironment
+from ambersafe_cli.environment import TrainingEnvironment, settings_for_gpus
 from ambersafe_cli.errors import UsageError
 from ambersafe_cli.machines import ALONE, Machines
 from ambersafe_cli.overrides import assign
@@ -61,7 +61,8 @@ def plan(
     applied = {p.patch.subject for p in clone.patches if p.state != "missing"}
     _require_patches(stage, applied, processes, of)
     stage, processes, notes = _fit_trainer(stage, environment, processes, of)
-    stage = _fit_precision(stage)
+    stage, said = _fit_reference(_fit_precision(stage), bool(environment.gpus))
+    notes += said
     unknown = [k for p in clone.patches if p.state == "missing" for k in p.patch.config_keys if k in stage.values]
     for key in unknown:
         if key in stage.explicit or (key in ("lora", "quantize") and stage.values[key]):
@@ -72,6 +73,7 @@ def plan(
     argv = [assign(key, value) for key, value in stage.values.items()]
     argv += [assign("local_run_dir", str(run_folder)), assign("hydra.run.dir", str(run_folder / "hydra"))]
     settings = {"SAFERLHF_DATASET": stage.data, "SAFERLHF_REVISION": stage.data_revision or "", "PYTHONUNBUFFERED": "1"}
+    settings |= settings_for_gpus() if environment.gpus else {}
     start = [environment.python]
     if TORCHRUN_PATCH in applied and "FSDP" in stage.trainer:
         start += torchrun(environment.python_version, of, processes or 1)
@@ -140,13 +142,32 @@ def _fit_precision(stage: Stage) -> Stage:
     if stage.get("lora") and stage.get("mixed_precision") and not stage.get("model.policy_dtype"):
         # No update is rounded away: these weights have none. The adapter's are float32.
         stage = stage.with_values({"model.policy_dtype": stage.get("mixed_precision")})
-    is_ours = "mixed_precision" in stage.explicit or not stage.get("model.reference_dtype")
-    is_theirs = any(override.key == "model.reference_dtype" for override in stage.overrides)
+    is_ours = _is_users(stage, "mixed_precision") or not stage.get("model.reference_dtype")
+    is_theirs = _is_users(stage, "model.reference_dtype")
     if stage.get("mixed_precision") and stage.name == "dpo" and is_ours and not is_theirs:
         # The reference model has to compute as the policy does, or rewards begin with the difference in rounding.
         dtype = stage.get("mixed_precision") if "FSDP" in stage.trainer else "float32"
         stage = stage.with_values({"model.reference_dtype": dtype})
     return stage
+
+
+def _fit_reference(stage: Stage, has_gpu: bool) -> tuple[Stage, list[str]]:
+    """The stage with the type of DPO's reference model, where nobody has said one, and a note of it.
+
+    Upstream's own, float16, is what AmberSafe was trained with, so on GPUs it stays. A CPU reproduces nothing of that,
+    and is slower in it than in float32.
+    """
+    if stage.name != "dpo" or stage.get("lora") or stage.get("model.reference_dtype"):
+        return stage, []
+    dtype = str(stage.get("model.policy_dtype") or "float32")
+    if has_gpu:
+        note = (
+            f"The reference model is in float16, as AmberSafe's was, and the policy in {dtype}: rewards begin at the "
+            f"difference in rounding, not at 0. model.reference_dtype={dtype} has both alike, for more memory."
+        )
+        return stage, [note] if dtype != "float16" else []
+    note = f"The reference model is in {dtype}, as the policy is: upstream's float16 is slow on a CPU."
+    return stage.with_values({"model.reference_dtype": dtype}), [note]
 
 
 def _is_users(stage: Stage, key: str) -> bool:

@@ -110,7 +110,8 @@ def torchrun_words(machines: Machines, processes: int) -> list[str]:
     ]
 
 
-SETTINGS = ("DPO_NODE_RANK", "GLOO_SOCKET_IFNAME", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE")
+_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+SETTINGS = ("DPO_NODE_RANK", *_INTERFACES, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE")
 
 
 def settings(machines: Machines) -> dict[str, str]:
@@ -119,9 +120,8 @@ def settings(machines: Machines) -> dict[str, str]:
     found = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     if machines.count > 1 and machines.endpoint:
         found["DPO_NODE_RANK"] = str(machines.number)
-        interface = _interface(own_address(machines.endpoint))
-        if interface and not os.environ.get("GLOO_SOCKET_IFNAME"):
-            found["GLOO_SOCKET_IFNAME"] = interface
+        if interface := _interface(own_address(machines.endpoint)):
+            found |= {name: interface for name in _INTERFACES if not os.environ.get(name)}
     return found
 
 

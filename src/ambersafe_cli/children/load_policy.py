@@ -56,7 +56,7 @@ def load_tokenizer(weights: Weights) -> Any:
 def load_model(weights: Weights) -> tuple[Any, dict[str, Any]]:
     """The model, ready to be evaluated, and what its checkpoint holds beside the weights: step_idx and metrics.
 
-    On GPUs if there are any, spread over them as upstream's BasicTrainer does.
+    On GPUs if there are any, spread over them. Frozen, as autocast would keep a copy of each weight that is not.
     """
     dtype = getattr(torch, weights["dtype"])
     places: dict[str, Any] = {"device_map": "balanced"} if torch.cuda.is_available() else {}
@@ -78,7 +78,7 @@ def load_model(weights: Weights) -> tuple[Any, dict[str, Any]]:
         model.to(dtype)
     if weights["autocast"]:
         model.forward = torch.autocast(model.device.type, getattr(torch, weights["autocast"]))(model.forward)
-    return model.eval(), saved
+    return model.eval().requires_grad_(False), saved
 
 
 def quantization(bits: str) -> Any:
