@@ -190,6 +190,20 @@ def test_what_does_not_live_at_the_same_time_is_not_added() -> None:
     assert "gradients" not in uncut
 
 
+def test_a_step_at_once_takes_a_number_for_each_parameter_of_a_rank() -> None:
+    """FSDPTrainer on GPUs; one tensor after the other, which BasicTrainer takes, only that of the largest."""
+    parameters, largest = checkpoints.parameters(SMALL), max(map(math.prod, SMALL.values()))
+    shape, config = memory.shape_of(SMALL), {**BASE, "optimizer": "RMSprop"}
+
+    def working(trainer: str, shards: int, on_gpu: bool) -> int:
+        found = memory.moments("sft", {**config, "trainer": trainer}, shape, LENGTHS, shards, on_gpu)
+        return next(part.bytes for part in found[-1].parts if part.name == "working memory")
+
+    assert working("FSDPTrainer", 4, True) == parameters * 4 // 4
+    assert working("FSDPTrainer", 4, False) == largest * 4 // 4
+    assert working("BasicTrainer", 1, True) == largest * 4
+
+
 def test_the_reference_model_is_there_as_the_settings_say() -> None:
     own = {**BASE, "cache_reference": False}
     whole = at("backward pass ends", "dpo", own)["reference model"]

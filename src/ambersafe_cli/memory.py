@@ -27,7 +27,9 @@ Sizes of quantized weights and optimizer states are bitsandbytes' (0.50): NF4 ha
 block of 64 (its largest, quantized itself), and for each 256 of those a float32; LLM.int8 a byte a number and a float32
 a row. States of 8 bits have a byte a number and a float32 for each block of 256; a tensor of fewer than 4096 numbers
 has those of 32 bits. What a step of torch.optim makes besides is one or two of the largest tensor, as the patch 0044
-has it take one after the other.
+has it take one after the other; FSDPTrainer on GPUs takes all at once, for one more number a trained parameter.
+
+No key-value cache is counted: the patch 0047 has none built where nothing is generated.
 """
 
 import math
@@ -462,6 +464,9 @@ class _Job:
     def stepping(self) -> Iterator[Part]:
         name, tensors, wide = str(self.config["optimizer"]), trained(self.shape, self.config), 4
         if name in _IN_8_BITS or name in ("PagedAdamW", "SGD"):
+            return
+        if self.is_fsdp and self.on_gpu:
+            yield Part("working memory", sum(tensors) * wide // self.shards, f"{name}'s of all tensors at once")
             return
         roots = 1 if name == "RMSprop" else 2
         yield Part("working memory", roots * max(tensors, default=0) * wide // self.shards, f"{name}'s of one tensor")
