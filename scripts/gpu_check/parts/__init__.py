@@ -1,0 +1,1 @@
+"""The parts of `scripts/gpu-check`, each a module with `run(setup, report)`."""
