@@ -107,12 +107,8 @@ def check(given: argparse.Namespace, out: Path) -> int:
     clone = (given.clone or out / "clone").resolve()
     setup = [sys.executable, "-m", "ambersafe_cli", "setup", "--dir", str(clone)]
     if (status := subprocess.run(setup, stdout=subprocess.DEVNULL, check=False).returncode) != 0:
-        print(
-            f"error: `{' '.join(setup)}` failed: is ambersafe-cli installed there? --clone names",
-            end=" ",
-            file=sys.stderr,
-        )
-        print("a clone that is patched, --from brings both.", file=sys.stderr)
+        hint = "Is ambersafe-cli installed there? --clone names a clone that is patched, --from brings both."
+        print(f"error: `{' '.join(setup)}` failed. {hint}", file=sys.stderr)
         return status
     chosen = [name for name in LIMITS if name not in given.skip and (not given.only or name in given.only)]
     ended, rows = [], []
