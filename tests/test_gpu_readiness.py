@@ -1,5 +1,6 @@
 """What breaks, or takes memory and time, on a GPU, as far as it can be seen without one."""
 
+import json
 import os
 import re
 import shlex
@@ -283,6 +284,50 @@ def test_ranks_wait_for_one_that_reads_or_saves_longer_than_a_collective_may_tak
     flags = ("--trainer", "FSDPTrainer", "--nproc", "2", "--allow-modified", "n_epochs=null", "n_examples=16")
     train(tmp_path, "sft", *given[2:], "--dir", clone, *flags, "do_final_eval=false", "--exp-name", "slow")
     assert load(only_run(tmp_path, "slow") / "LATEST" / "policy.pt")["step_idx"] == 16
+
+
+def test_groups_within_and_across_machines_give_up_when_all_ranks_do(patched: Path, model: Path) -> None:  # noqa: F811
+    """torch gives groups of a mesh a timeout of their own."""
+    waits = ask(
+        patched,
+        model,
+        """
+import os, torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+import machines
+os.environ["LOCAL_WORLD_SIZE"] = "2"
+dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+told = []
+def tell(timeout, group):
+    told.append((timeout.total_seconds(), dist.get_world_size(group)))
+dist.distributed_c10d._set_pg_timeout = tell
+from omegaconf import OmegaConf
+config = OmegaConf.create(dict(hybrid_shard=True, model=dict(block_name="L", fsdp_policy_mp=None)))
+def begin(self, policy, config, *rest):
+    self.config, self.device, self.rank, self.mp_dtype = config, torch.device("cpu"), 0, None
+trainers.BasicTrainer.__init__ = begin
+trainers.FSDPTrainer.shard = lambda self, model, **options: model
+trainers.FSDPTrainer(None, config, 0, "", None, 0, 4)
+print(json.dumps([sorted(told), machines.COLLECTIVE.total_seconds()]))
+""",
+    )
+    assert waits == [[[1800, 2], [1800, 2]], 1800]
+
+
+def test_train_py_tells_pytorch_what_many_lengths_need_unless_the_user_has_said_something(patched: Path) -> None:
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TORCH_CUDNN_SDPA_DEPRIORITIZED")
+    code = f"import sys, os, json; sys.path.insert(0, {str(patched)!r}); import train; "
+    code += f"print(json.dumps([os.environ.get(name) for name in {names}]))"
+    for users, wanted in (
+        ({}, ["expandable_segments:True", None, "1"]),
+        ({names[0]: "max_split_size_mb:512"}, ["max_split_size_mb:512", None, "1"]),
+        ({names[1]: "max_split_size_mb:512"}, [None, "max_split_size_mb:512", "1"]),
+        ({names[2]: "0"}, ["expandable_segments:True", None, "0"]),
+    ):
+        inherited = {key: value for key, value in os.environ.items() if key not in names}
+        done = subprocess.run([sys.executable, "-c", code], env={**inherited, **users}, capture_output=True, text=True)
+        assert json.loads(done.stdout) == wanted, done.stderr
+        assert done.stderr == ""
 
 
 # --- what is refused ---

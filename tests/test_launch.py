@@ -249,13 +249,15 @@ def pretended(tmp_path: Path) -> dict[str, str]:
         ((), False, ["float32"], "in float32, as the policy is: upstream's float16 is slow on a CPU"),
         (("model.policy_dtype=bfloat16",), False, ["bfloat16"], "in bfloat16, as the policy is"),
         (("model.reference_dtype=float16",), False, ["float16"], ""),
-        (("--recipe", "best"), False, ["float32"], ""),
+        (("--recipe", "best"), False, ["float32"], "in float32, as the policy is"),
         (("--lora",), False, [], ""),
         ((), True, [], "in float16, as AmberSafe's was, and the policy in float32: rewards begin at the difference"),
         (("--recipe", "best"), True, ["float32"], ""),
         (("--recipe", "best", "--bf16"), True, ["bfloat16"], ""),
         (("--recipe", "best", "mixed_precision=bfloat16"), True, ["bfloat16"], ""),
         (("--recipe", "best", "model.reference_dtype=float16"), True, ["float16"], ""),
+        (("--recipe", "best", "model.fsdp_policy_mp=bfloat16"), True, ["bfloat16"], ""),
+        (("model.fsdp_policy_mp=bfloat16",), True, [], "and the policy in bfloat16: rewards begin at the difference"),
     ],
 )
 def test_the_reference_model_computes_as_the_policy_but_where_ambersafe_is_reproduced(
@@ -278,20 +280,6 @@ def test_the_reference_model_computes_as_the_policy_but_where_ambersafe_is_repro
     assert re.findall(r"model.reference_dtype='?(\w+)", done.stdout) == wanted
     assert ("The reference model is" in " ".join(done.stderr.split())) == bool(said)
     assert said in " ".join(done.stderr.split())
-
-
-def test_pytorch_is_told_what_suits_batches_of_many_lengths_on_gpus_alone_and_the_user_s_word_stays(
-    ambersafe: Ambersafe, fake_clone: Path, model: Path, pretended: dict[str, str]
-) -> None:
-    allocator, order = "ALLOC_CONF=expandable_segments:True", "TORCH_CUDNN_SDPA_DEPRIORITIZED=1"
-    command = ("sft", "--model", model, "--dry-run")
-    assert "ALLOC_CONF" not in (alone := ambersafe(*command).stdout) and order not in alone
-    found = ambersafe(*command, env=pretended).stdout
-    assert f" PYTORCH_{allocator} " in found and f" {order} " in found
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        found = ambersafe(*command, env={**pretended, name: "backend:native"}).stdout
-        assert "ALLOC_CONF" not in found and order in found
-    assert order not in ambersafe(*command, env={**pretended, "TORCH_CUDNN_SDPA_DEPRIORITIZED": "0"}).stdout
 
 
 def test_gpus_that_the_driver_lists_make_one_process_each(

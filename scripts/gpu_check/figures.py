@@ -1,6 +1,8 @@
 """What a part of `scripts/gpu-check` knows of where it runs, and how it tells what it finds."""
 
+import gc
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +36,11 @@ class Report:
         self._path = path
 
     def figure(self, name: str, value: float, note: str = "") -> None:
+        """A number; one that is not finite is kept as None, as JSON has no other word for it."""
+        if not math.isfinite(value):
+            note, kept = f"{value}{f', {note}' if note else ''}", None
+            self._keep({"figure": name, "value": kept, "note": note}, f"{name}: {note}")
+            return
         self._keep(
             {"figure": name, "value": value, "note": note}, f"{name}: {value:.6g}{f'  ({note})' if note else ''}"
         )
@@ -64,6 +71,30 @@ def seconds(setup: Setup, work: Callable[[], object]) -> float:
     work()
     wait(setup)
     return time.perf_counter() - begun
+
+
+def host_seconds(setup: Setup, work: Callable[[], object]) -> float:
+    """How long some work keeps the host, which may be done before the card is."""
+    wait(setup)
+    begun = time.perf_counter()
+    work()
+    found = time.perf_counter() - begun
+    wait(setup)
+    return found
+
+
+def free_memory(setup: Setup) -> None:
+    """Give back what nobody refers to any more; parts of a model refer to one another in circles."""
+    gc.collect()
+    if setup.on_gpu:
+        torch.cuda.empty_cache()
+
+
+def fits(setup: Setup, needed: int) -> str:
+    """Why so many bytes do not fit the card, or "" if they do."""
+    if not setup.on_gpu or needed < (there := torch.cuda.get_device_properties(0).total_memory):
+        return ""
+    return f"it needs {needed / 1e9:.0f} GB, and the card has {there / 1e9:.0f}"
 
 
 def reset_peak(setup: Setup) -> None:

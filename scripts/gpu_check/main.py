@@ -21,10 +21,19 @@ if TYPE_CHECKING:
 SCRIPTS = Path(__file__).resolve().parents[1]
 
 LIMITS: Mapping[str, int] = {
-    "ceilings": 25, "commands": 190, "attention": 40, "step": 45, "loop": 65, "adapters": 75, "sharding": 40,
-    "rewards": 25, "trl": 65,
+    "ceilings": 25, "commands": 175, "attention": 45, "step": 45, "loop": 65, "adapters": 70, "sharding": 40,
+    "rewards": 25, "trl": 80,
 }  # fmt: skip
-"""The parts in their order, and the seconds that each may take on a card: 570 in all."""
+"""The parts in their order, and the seconds that each may take on a card, 570 in all. What comes before the first one,
+installing and the clone, is taken off those of the last ones."""
+
+WARM_UP = """
+import json, torch, transformers, datasets, peft, accelerate
+there = torch.cuda.is_available()
+torch.zeros(1, device="cuda" if there else "cpu")
+print(json.dumps({"card": torch.cuda.get_device_name() if there else None, "torch": torch.__version__}))
+"""
+"""Reads what all parts import into the machine's memory, and says on what they run."""
 
 ON_CPU = 4
 """How many times as long a part may take with --cpu, where other work may be on the cores."""
@@ -88,48 +97,78 @@ def act(given: argparse.Namespace) -> int:
 
 
 def run_from(source: Path, out: Path, given: argparse.Namespace) -> int:
-    """Install the wheels that were collected, and go on in a process that finds them, and upstream in its bundle."""
+    """Install the wheels that were collected, and go on as a process that finds them, and upstream in its bundle."""
     from gpu_check import collect as collecting
 
     site = out / "site"
     collecting.install(source, site, sys.executable)
-    environment = {**os.environ, **collecting.environment(source)}
+    environment = {**os.environ, **collecting.environment(source), BEGUN: str(time.time())}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))
     words = [*(["--only", ",".join(given.only)] if given.only else []), *(["--cpu"] if given.cpu else [])]
     words += [*(["--skip", ",".join(given.skip)] if given.skip else []), "--out", str(out)]
     words += ["--clone", str(given.clone)] if given.clone else []
-    return subprocess.run([sys.executable, str(SCRIPTS / "gpu-check"), *words], env=environment, check=False).returncode
+    # In place of this process, so that signals reach the one that has started the parts.
+    os.execve(sys.executable, [sys.executable, str(SCRIPTS / "gpu-check"), *words], environment)  # noqa: S606
+
+
+BEGUN = "GPU_CHECK_BEGUN"
+
+
+def prepare(given: argparse.Namespace, clone: Path) -> tuple[int, dict[str, str | None]]:
+    """Make the clone and warm up; 0, and the card and PyTorch's version, or another status and nothing."""
+    setup = [sys.executable, "-m", "ambersafe_cli", "setup", "--dir", str(clone)]
+    if (status := subprocess.run(setup, stdout=subprocess.DEVNULL, check=False).returncode) != 0:
+        hint = "Is ambersafe-cli installed there? --clone names a clone that is patched, --from brings both."
+        print(f"error: `{' '.join(setup)}` failed. {hint}", file=sys.stderr)
+        return status, {}
+    environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if given.cpu else {})}
+    warm = subprocess.run([sys.executable, "-c", WARM_UP], env=environment, capture_output=True, text=True, check=False)
+    if warm.returncode:
+        last = (warm.stderr.strip().splitlines() or ["nothing"])[-1]
+        print(f"error: {sys.executable} cannot train: {last}. Install ambersafe-cli[train] there.", file=sys.stderr)
+        return 1, {}
+    found: dict[str, str | None] = json.loads(warm.stdout.splitlines()[-1])
+    if found["card"] is None and not given.cpu:
+        print(f"error: PyTorch {found['torch']} sees no card here. --cpu runs the parts without one.", file=sys.stderr)
+        return 1, {}
+    return 0, found
 
 
 def check(given: argparse.Namespace, out: Path) -> int:
     from gpu_check import table
 
+    begun = float(os.environ.get(BEGUN, time.time()))
     clone = (given.clone or out / "clone").resolve()
-    setup = [sys.executable, "-m", "ambersafe_cli", "setup", "--dir", str(clone)]
-    if (status := subprocess.run(setup, stdout=subprocess.DEVNULL, check=False).returncode) != 0:
-        hint = "Is ambersafe-cli installed there? --clone names a clone that is patched, --from brings both."
-        print(f"error: `{' '.join(setup)}` failed. {hint}", file=sys.stderr)
+    status, where = prepare(given, clone)
+    if status:
         return status
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
     chosen = [name for name in LIMITS if name not in given.skip and (not given.only or name in given.only)]
-    ended, rows = [], []
-    for name in chosen:
-        print(f"{name}:", flush=True)
-        one = run_part(name, out, clone, given.cpu)
-        print(f"  {one.problem or 'ended'} after {one.seconds:.0f} s", flush=True)
-        ended.append(one)
-        rows += table.rows_of(one, on_gpu=not given.cpu)
-    about = {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "cpu": given.cpu}
-    (out / "results.json").write_text(json.dumps(table.document(ended, rows, about), indent=1) + "\n", encoding="utf-8")
-    print(f"\n{out}\n{sum(each.seconds for each in ended):.0f} s, {about['date']}\n\n{table.show(rows)}")
+    ended: list[table.Ended] = []
+    try:
+        for name in chosen:
+            left = (sum(LIMITS.values()) - (time.time() - begun)) * (ON_CPU if given.cpu else 1)
+            print(f"{name}:", flush=True)
+            ended.append(run_part(name, out, clone, given.cpu, left))
+            print(f"  {ended[-1].problem or 'ended'} after {ended[-1].seconds:.0f} s", flush=True)
+    finally:  # whatever ends it, what was found is not lost
+        rows = [row for each in ended for row in table.rows_of(each, on_gpu=not given.cpu)]
+        about = {"date": date, **where}
+        text = json.dumps(table.document(ended, rows, about), indent=1)
+        (out / "results.json").write_text(text + "\n", encoding="utf-8")
+        what = f"{where['card'] or 'a CPU'}, PyTorch {where['torch']}, {date}, {time.time() - begun:.0f} s"
+        print(f"\n{out}\n{what}\n\n{table.show(rows)}", flush=True)
     return 0 if all(row.verdict in ("ok", "not run") for row in rows) else 1
 
 
-def run_part(name: str, out: Path, clone: Path, on_cpu: bool) -> "table.Ended":
-    """Run a part in a process of its own until it ends or its time is up; what it prints is shown and kept."""
+def run_part(name: str, out: Path, clone: Path, on_cpu: bool, left: float) -> "table.Ended":
+    """Run a part in a process of its own until it ends, its time is up or what is left of all time is; what it prints
+    is shown and kept."""
     from ambersafe_cli.environment import settings_for_gpus
     from gpu_check import table
 
-    found, limit = out / f"{name}.jsonl", LIMITS[name] * (ON_CPU if on_cpu else 1)
+    limit = max(1, min(LIMITS[name] * (ON_CPU if on_cpu else 1), left))
+    found = out / f"{name}.jsonl"
     found.unlink(missing_ok=True)
     words = [name, "--out", str(out), "--clone", str(clone), *(["--cpu"] if on_cpu else [])]
     environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else settings_for_gpus())}
@@ -152,7 +191,7 @@ def run_part(name: str, out: Path, clone: Path, on_cpu: bool) -> "table.Ended":
             last = line.strip() or last
             print(line, end="", flush=True)
         status = child.wait()
-    problem = f"its {limit} s are over" if is_late.is_set() else f"ended with {status}: {last}" if status else ""
+    problem = f"its {limit:.0f} s are over" if is_late.is_set() else f"ended with {status}: {last}" if status else ""
     return table.Ended(name, table.read(found), problem, time.monotonic() - begun)
 
 

@@ -54,9 +54,10 @@ def _row(wanted: expected.Expected, found: Mapping[str, Any] | None, reasons: Ma
         return Row(wanted.part, wanted.figure, "", bounds, "not run", reasons[wanted.figure])
     if found is None:
         return Row(wanted.part, wanted.figure, "", bounds, "failed", problem or "it was not found")
+    if found["value"] is None:
+        return Row(wanted.part, wanted.figure, found["note"], bounds, "short", "not a finite number")
     value = float(found["value"])
     shown = f"{value:.4g}{' (' + found['note'] + ')' if found['note'] else ''}"
-    # A value that is no number is above and below nothing.
     is_enough = wanted.least is None or value >= wanted.least
     is_within = is_enough and (wanted.most is None or value <= wanted.most)
     return Row(wanted.part, wanted.figure, shown, bounds, "ok" if is_within else "short")

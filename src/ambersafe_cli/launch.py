@@ -1,17 +1,17 @@
 """The command that runs train.py: a stage, fitted to the clone and the machine."""
 
 import shlex
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ambersafe_cli import machines
-from ambersafe_cli.environment import TrainingEnvironment, settings_for_gpus
+from ambersafe_cli.environment import TrainingEnvironment
 from ambersafe_cli.errors import UsageError
 from ambersafe_cli.machines import ALONE, Machines
 from ambersafe_cli.overrides import assign
-from ambersafe_cli.recipe import Stage
+from ambersafe_cli.recipe import DEFAULT, Stage
 from ambersafe_cli.runs import user_name
 
 if TYPE_CHECKING:
@@ -73,7 +73,6 @@ def plan(
     argv = [assign(key, value) for key, value in stage.values.items()]
     argv += [assign("local_run_dir", str(run_folder)), assign("hydra.run.dir", str(run_folder / "hydra"))]
     settings = {"SAFERLHF_DATASET": stage.data, "SAFERLHF_REVISION": stage.data_revision or "", "PYTHONUNBUFFERED": "1"}
-    settings |= settings_for_gpus() if environment.gpus else {}
     start = [environment.python]
     if TORCHRUN_PATCH in applied and "FSDP" in stage.trainer:
         start += torchrun(environment.python_version, of, processes or 1)
@@ -154,20 +153,25 @@ def _fit_precision(stage: Stage) -> Stage:
 def _fit_reference(stage: Stage, has_gpu: bool) -> tuple[Stage, list[str]]:
     """The stage with the type of DPO's reference model, where nobody has said one, and a note of it.
 
-    Upstream's own, float16, is what AmberSafe was trained with, so on GPUs it stays. A CPU reproduces nothing of that,
-    and is slower in it than in float32.
+    It computes as the policy does, but where AmberSafe is reproduced: on GPUs its own recipe keeps upstream's float16.
     """
     if stage.name != "dpo" or stage.get("lora") or stage.get("model.reference_dtype"):
         return stage, []
-    dtype = str(stage.get("model.policy_dtype") or "float32")
-    if has_gpu:
+    dtype = policy_dtype(stage.get, stage.trainer)
+    if has_gpu and stage.recipe == DEFAULT:
         note = (
             f"The reference model is in float16, as AmberSafe's was, and the policy in {dtype}: rewards begin at the "
             f"difference in rounding, not at 0. model.reference_dtype={dtype} has both alike, for more memory."
         )
         return stage, [note] if dtype != "float16" else []
     note = f"The reference model is in {dtype}, as the policy is: upstream's float16 is slow on a CPU."
-    return stage.with_values({"model.reference_dtype": dtype}), [note]
+    return stage.with_values({"model.reference_dtype": dtype}), [] if has_gpu else [note]
+
+
+def policy_dtype(get: Callable[[str], object], trainer: str) -> str:
+    """The type that the policy computes in without mixed precision; `get` gives upstream's keys."""
+    own = get("model.fsdp_policy_mp") if "FSDP" in trainer else None
+    return str(own or get("model.policy_dtype") or "float32")
 
 
 def _is_users(stage: Stage, key: str) -> bool:

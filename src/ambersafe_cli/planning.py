@@ -20,7 +20,7 @@ from ambersafe_cli import asking, cards, checkpoints, data_findings, display, en
 from ambersafe_cli import recipe as recipes
 from ambersafe_cli.adapter_findings import LEAST_RATES
 from ambersafe_cli.errors import DataError, UsageError
-from ambersafe_cli.launch import needs_basic_trainer
+from ambersafe_cli.launch import needs_basic_trainer, policy_dtype
 from ambersafe_cli.overrides import Value, assign
 from ambersafe_cli.plans import count_steps, in_gigabytes
 
@@ -194,13 +194,15 @@ def _setting(stage: recipes.Stage, key: str) -> Any:
 
 def config_of(stage: recipes.Stage, values: Mapping[str, Value]) -> dict[str, Any]:
     """Upstream's config as far as memory and time depend on it, with `values` over the stage's own, as launch.py fits
-    it: under mixed precision the reference model computes as the policy does."""
+    it on GPUs: the reference model computes as the policy does, but where AmberSafe is reproduced."""
     config: dict[str, Any] = {**_UPSTREAMS, **stage.values}
     config |= {override.key: override.value for override in stage.overrides}
     config |= values
+    trainer = str(config["trainer"])
     if config["mixed_precision"] and "model.reference_dtype" not in _given(stage):
-        is_fsdp = "FSDP" in str(config["trainer"])
-        config["model.reference_dtype"] = config["mixed_precision"] if is_fsdp else "float32"
+        config["model.reference_dtype"] = config["mixed_precision"] if "FSDP" in trainer else "float32"
+    elif not stage.get("model.reference_dtype") and stage.recipe != recipes.DEFAULT:
+        config["model.reference_dtype"] = policy_dtype(config.get, trainer)
     return config
 
 

@@ -9,8 +9,8 @@ import torch
 from bench_data import Shape
 
 from ambersafe_cli import memory
-from gpu_check import models
-from gpu_check.figures import Report, Setup, peak_bytes, reset_peak, seconds
+from gpu_check import expected, models
+from gpu_check.figures import Report, Setup, fits, free_memory, peak_bytes, reset_peak, seconds
 
 PAIRS, EVALUATED = 8, 64
 CAP = 24 * 10**9
@@ -33,11 +33,10 @@ def quantize(model: Any, setup: Setup) -> None:
                     continue
                 new = nn.Linear4bit(
                     old.in_features, old.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4",
-                    compress_statistics=True,
+                    compress_statistics=True, device="meta",  # its own random weights would take a minute on the CPU
                 )  # fmt: skip
-                data = old.weight.data.cpu()
                 new.weight = nn.Params4bit(
-                    data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=new
+                    old.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=new
                 )
                 new.support_avx512bf16_for_cpu = False
                 setattr(parent, name, new.to(setup.device))
@@ -75,9 +74,19 @@ def plan(shape: Shape, config: Mapping[str, Any], length: int) -> tuple[int, int
 def measure(name: str, setup: Setup, report: Report, config: Mapping[str, Any]) -> None:
     shape, length = models.AMBERCHAT if setup.on_gpu else models.TOY, setup.size(512, 32)
     count, evaluated = config["batch_size"], config["eval_batch_size"]
+    planned_step, planned_evaluation = plan(shape, config, length)
+    if problem := fits(setup, max(planned_step, planned_evaluation)):
+        for each in expected.of("adapters", setup.on_gpu):
+            if each.figure.startswith(f"{name},"):
+                report.not_run(each.figure, problem)
+        return
     made = prepare(setup, config)
     trained = [weight for weight in made.policy.parameters() if weight.requires_grad]
-    before = [weight.detach().clone() for weight in trained]
+    before = (
+        [weight.detach().cpu() for weight in trained]
+        if setup.on_gpu
+        else [weight.detach().clone() for weight in trained]
+    )
     optimizer = models.upstream("utils").make_optimizer(config["optimizer"], trained, 1e-4)
     batch = models.sequences(shape, setup, 2 * count, length)
     reset_peak(setup)
@@ -96,9 +105,8 @@ def measure(name: str, setup: Setup, report: Report, config: Mapping[str, Any]) 
 
     step()
     report.figure(f"{name}, a step of {count} pairs of {length}, ms", 1000 * seconds(setup, step))
-    moved = sum(bool((weight != old).any()) for weight, old in zip(trained, before, strict=True))
+    moved = sum(bool((weight.cpu() != old).any()) for weight, old in zip(trained, before, strict=True))
     report.figure(f"{name}, weights that moved", moved, f"of {len(trained)}")
-    planned_step, planned_evaluation = plan(shape, config, length)
     compare(f"{name}, peak of a step", setup, report, planned_step)
     reset_peak(setup)
     report.figure(f"{name}, an evaluation of {evaluated}x{length}, ms", 1000 * seconds(setup, evaluate))
@@ -120,8 +128,8 @@ def run(setup: Setup, report: Report) -> None:
         for figure in ("QLoRA, peak of a step, measured by planned", "QLoRA, weights that moved"):
             report.not_run(figure, "bitsandbytes is missing")
         return
+    free_memory(setup)
     if setup.on_gpu:
-        torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(min(1.0, CAP / torch.cuda.get_device_properties(0).total_memory))
     own = {"quantize": "4bit", "activation_checkpointing": True, "optimizer": "PagedAdamW8bit"}
     measure("QLoRA", setup, report, {**COMMON, **sizes, **own})

@@ -21,13 +21,15 @@ TURNS = 7
 
 
 def card_name(text: str) -> str | None:
-    """The name in ambersafe_cli.cards of a card as its driver calls it, or None; of several, the one by its memory."""
+    """The name in ambersafe_cli.cards of the card that its driver calls so, or None; variants of one name, of which the
+    data sheet says other figures, are told apart by their memory."""
     plain = re.sub(r"[^a-z0-9]", "", text.lower())
-    found = [card for card in cards.CARDS if re.sub(r"[^a-z0-9]", "", card.name.lower().partition("-")[0]) in plain]
-    if len(found) > 1 and torch.cuda.is_available():
-        memory = torch.cuda.get_device_properties(0).total_memory
-        found.sort(key=lambda card: abs(card.memory - memory))
-    return found[0].name if found else None
+    memory = torch.cuda.get_device_properties(0).total_memory
+    for card in cards.CARDS:
+        is_named = re.sub(r"[^a-z0-9]", "", card.name.lower().partition("-")[0]) in plain
+        if is_named and "pcie" not in plain and "nvl" not in plain and abs(card.memory / memory - 1) < 0.05:
+            return card.name
+    return None
 
 
 def show_versions(setup: Setup, report: Report) -> None:
@@ -69,8 +71,9 @@ def copy(setup: Setup) -> float:
 
 def run(setup: Setup, report: Report) -> None:
     show_versions(setup, report)
-    rate, bandwidth = product(setup), copy(setup)
+    rate = product(setup)
     report.figure("product, TFLOP/s", rate / 1e12, f"bfloat16, {setup.size(8192, 512)} squared")
+    bandwidth = copy(setup)
     report.figure("copy, TB/s", bandwidth / 1e12, "read and written")
     if not setup.on_gpu:
         return

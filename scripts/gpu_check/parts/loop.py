@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpu_check import models
-from gpu_check.figures import Report, Setup, peak_bytes, reset_peak, seconds
+from gpu_check.figures import Report, Setup, fits, free_memory, peak_bytes, reset_peak, seconds
 from gpu_check.parts import step
 
 TURNS = 3
@@ -120,6 +120,9 @@ def time_prefetch(setup: Setup, report: Report) -> None:
 
 def run(setup: Setup, report: Report) -> None:
     shape, length = step.shape_of(setup), setup.size(512, 64)
+    if problem := fits(setup, step.planned(shape, setup.size(16, 8), length)):
+        report.not_run("", problem)
+        return
     made, optimizer = step.prepare(setup, shape)
     del optimizer
     found = time_microbatches(setup, made, shape, length)
@@ -129,6 +132,5 @@ def run(setup: Setup, report: Report) -> None:
     time_optimizers(setup, made, report)
     count_waits(setup, made, shape, length, report)
     del made
-    if setup.on_gpu:
-        torch.cuda.empty_cache()
+    free_memory(setup)
     time_prefetch(setup, report)
