@@ -1,6 +1,9 @@
 """The patches that make training fast: what they do, on the code of the real upstream, and what they leave alone."""
 
+import hashlib
+import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -247,6 +250,9 @@ def test_two_epochs_need_the_reference_model_once_and_leave_a_number_for_every_p
     train, test = map(numpy.load, kept(ours))
     assert (train.dtype, train.shape[1], test.shape[1]) == (numpy.float32, 2, 2)
     assert numpy.isfinite(train).all()
+    umask = os.umask(0)
+    os.umask(umask)
+    assert {path.stat().st_mode & 0o777 for path in kept(ours)} == {0o666 & ~umask}
     assert (train < 0).all()
     evaluated = numpy.isfinite(test).all(axis=1).sum()
     assert evaluated == 16, "n_eval_examples, of the 30 held-out pairs"
@@ -277,15 +283,26 @@ def test_another_checkpoint_has_them_computed_anew(dpo: Callable[..., Path], our
     assert len(set(kept(tmp_path)) - before) == 2
 
 
+def keep(path: Path, array: Any) -> None:
+    """Write an array as it is kept, with its digest behind it."""
+    content = io.BytesIO()
+    numpy.save(content, array)
+    path.write_bytes(content.getvalue() + hashlib.sha256(content.getvalue()).digest())
+
+
 def spoil(path: Path, how: str) -> None:
     if how == "of another shape":
-        numpy.save(path, numpy.zeros((3, 2), dtype=numpy.float32))
+        keep(path, numpy.zeros((3, 2), dtype=numpy.float32))
+    elif how == "a flipped bit":
+        flipped = bytearray(path.read_bytes())
+        flipped[200] ^= 1  # of a number, not of the header
+        path.write_bytes(flipped)
     else:
         whole = path.read_bytes()
         path.write_bytes({"empty": b"", "cut off": whole[: len(whole) // 2], "no array": b"x" * 4096}[how])
 
 
-@pytest.mark.parametrize("how", ["empty", "cut off", "no array", "of another shape"])
+@pytest.mark.parametrize("how", ["empty", "cut off", "no array", "of another shape", "a flipped bit"])
 def test_an_array_that_is_damaged_is_made_anew(dpo: Callable[..., Path], ours: Path, tmp_path: Path, how: str) -> None:  # noqa: F811
     spoil(kept(tmp_path)[0], how)
     run = dpo("mended")
@@ -339,7 +356,7 @@ def test_what_a_killed_pass_had_written_is_not_computed_again(
     path = kept(tmp_path)[0]
     array = numpy.load(path)
     array[len(array) // 4 :] = numpy.nan
-    numpy.save(path, array)
+    keep(path, array)
     partial = path.with_name(f"{path.name}.elsewhere.1.partial")
     partial.write_bytes(b"half")
     run = dpo("resumed")

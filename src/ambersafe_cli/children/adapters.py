@@ -21,6 +21,15 @@ RANK_AT = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 
 TRAINED, ARCHIVE = "default", "archive"
 
 
+def require_finite(tensors: dict[str, torch.Tensor], where: str) -> None:
+    """Raise Problem for weights that are not finite: whatever is made of them would look like any other."""
+    for name, tensor in tensors.items():
+        # A sum takes no memory, and tells at once that all are finite: of one that is not, nothing finite can come.
+        is_sure = not tensor.is_floating_point() or bool(tensor.sum(dtype=torch.float32).isfinite())
+        if not is_sure and not bool(tensor.isfinite().all()):
+            raise Problem("checkpoint", f"{where} holds weights that are not finite, {name} among them.")
+
+
 def layers_of(model: Any) -> dict[str, Any]:
     """The layers with an adapter, by their names in the model."""
     from peft.tuners.lora import LoraLayer
@@ -41,6 +50,7 @@ def add(model: Any, folder: str, dtype: torch.dtype, trained_rank: int | None = 
         config: Any = peft.LoraConfig.from_pretrained(folder)
         config.lora_dropout = 0.0
         saved = load_file(os.path.join(folder, WEIGHTS))
+        require_finite(saved, folder)
         peft.inject_adapter_in_model(config, model, TRAINED, low_cpu_mem_usage=True)
         layers = layers_of(model)
         require_fitting(layers, saved)
@@ -54,6 +64,8 @@ def add(model: Any, folder: str, dtype: torch.dtype, trained_rank: int | None = 
                 for adapter, (start, length) in parts.items():
                     fill(layer, kind, adapter, saved[key].narrow(RANK_AT[kind], start, length).to(dtype))
             layer.set_adapter(list(parts))
+    except Problem:
+        raise
     except Exception as error:  # peft raises many kinds
         raise Problem("checkpoint", f"{folder} holds no adapter of this model: {innermost(error)}") from error
     model.requires_grad_(False)

@@ -94,6 +94,7 @@ def open_checkpoint(path: str) -> tuple[State, dict[str, Any]]:
         state = saved.pop("state")
     except Exception as error:
         raise Problem("checkpoint", f"{path} cannot be read: {innermost(error)}") from error
+    adapters.require_finite(state, path)
     return dict(state), dict(saved)
 
 

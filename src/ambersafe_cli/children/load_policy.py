@@ -101,6 +101,7 @@ def load_checkpoint(model: Any, weights: Weights, path: str) -> dict[str, Any]:
         state = saved.pop("state")
     except Exception as error:
         raise Problem("checkpoint", f"{path} cannot be read: {innermost(error)}") from error
+    adapters.require_finite(state, path)
     if "adapter" in saved:
         if saved["adapter"]["on"]:
             load_checkpoint(model, weights, saved["adapter"]["on"])
