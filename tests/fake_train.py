@@ -68,6 +68,8 @@ match os.environ.get("FAKE", "train"):
         sys.exit(3)
     case "die":
         os.kill(os.getpid(), signal.SIGSEGV)
+    case "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
     case "nothing":
         print("starting 0 processes")
     case "wait":
@@ -81,6 +83,7 @@ match os.environ.get("FAKE", "train"):
             sys.exit(143)
 
         signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGINT, stop)
         print("waiting", flush=True)
         time.sleep(600)
     case "finish":  # a signal comes when all is saved

@@ -15,6 +15,7 @@ import pytest
 from conftest import Ambersafe, commit, git, make_repository
 
 from ambersafe_cli import patches, upstream
+from ambersafe_cli.child import ONE_EVENT
 
 AWKWARD = "a b=c, 'd' \"e\" {f} [g] é:漢"
 
@@ -342,11 +343,17 @@ def is_running(pid: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("number", "times"),
-    [(signal.SIGINT, 1), (signal.SIGTERM, 2), (signal.SIGHUP, 2), (signal.SIGQUIT, 2), (signal.SIGUSR1, 2)],
+    "numbers",
+    [
+        (signal.SIGINT,),
+        (signal.SIGTERM, signal.SIGTERM),
+        (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM),
+        (signal.SIGQUIT, signal.SIGQUIT),
+        (signal.SIGUSR1, signal.SIGUSR1),
+    ],
 )
 def test_a_signal_stops_train_py_and_its_workers_and_leaves_none(
-    fake_clone: Path, model: Path, number: signal.Signals, times: int
+    fake_clone: Path, model: Path, numbers: tuple[signal.Signals, ...]
 ) -> None:
     command = [sys.executable, "-m", "ambersafe_cli", "sft", "--no-preflight", "--model", str(model)]
     child = subprocess.Popen(
@@ -360,15 +367,50 @@ def test_a_signal_stops_train_py_and_its_workers_and_leaves_none(
     line = next(line for line in child.stdout if line.startswith(b"started"))
     worker = int(line.split()[1])
     assert is_running(worker)
-    for _ in range(times):
+    for number in numbers:
         child.send_signal(number)
-        time.sleep(0.5)
-    assert child.wait(timeout=30) == 128 + number
+        time.sleep(ONE_EVENT + 0.2 if child.poll() is None else 0)
+    assert child.wait(timeout=30) == 128 + numbers[0]
     (run,) = runs_of(fake_clone)
     assert read_json(run / "run.json")["status"] == "interrupted"
     assert not is_running(worker)
     left = [path for path in Path("/proc").glob("[0-9]*/environ") if str(run).encode() in read_environment(path)]
     assert not left
+
+
+@pytest.mark.parametrize(
+    ("first", "others"),
+    [
+        (signal.SIGHUP, ((0.03, signal.SIGHUP), (2.5, signal.SIGHUP))),  # shell and kernel, of a terminal that closes
+        (signal.SIGTERM, ((0.02, signal.SIGTERM), (1.0, signal.SIGTERM))),  # a job, and each of its processes
+        (signal.SIGINT, ((0.3, signal.SIGTERM),)),
+    ],
+)
+def test_what_one_event_sends_several_times_is_one_wish_and_the_checkpoint_is_saved(
+    fake_clone: Path, model: Path, first: signal.Signals, others: tuple[tuple[float, signal.Signals], ...]
+) -> None:
+    command = [sys.executable, "-m", "ambersafe_cli", "sft", "--no-preflight", "--model", str(model)]
+    environment = {**os.environ, "FAKE": "slow to stop"}
+    child = subprocess.Popen(command, cwd=fake_clone.parent, env=environment, stdout=subprocess.PIPE)
+    assert child.stdout
+    assert any(b"waiting" in line for line in child.stdout)
+    child.send_signal(first)
+    for pause, number in others:
+        time.sleep(pause)
+        child.send_signal(number)
+    assert child.wait(timeout=30) == 128 + first
+    (run,) = runs_of(fake_clone)
+    assert (run / "saved").is_file(), "it takes 4 seconds"
+
+
+def test_a_process_that_is_killed_says_that_it_was_most_likely_the_memory(
+    ambersafe: Ambersafe, fake_clone: Path, model: Path
+) -> None:
+    done = ambersafe("sft", "--no-preflight", "--model", model, env={"FAKE": "killed"})
+    assert done.returncode == 137
+    assert "killed (SIGKILL), most likely by the system, as this machine's memory was full" in done.stderr
+    done = ambersafe("sft", "--no-preflight", "--model", model, env={"FAKE": "crash"})
+    assert (done.returncode, "SIGKILL" in done.stderr) == (3, False)
 
 
 @pytest.mark.parametrize("closed", ["1>&-", "2>&-", "1>&- 2>&-", "| true"])

@@ -116,6 +116,14 @@ class _Ears:
         return replace(watcher, on_line=on_line, is_given_up=is_given_up)
 
 
+KILLED = 137
+"""The exit status of a process that SIGKILL ended; torchrun tells of one in its table."""
+_KILLED = re.compile(r"\s*exitcode\s*: -9\b")
+MEMORY = (
+    "It was killed (SIGKILL), most likely by the system, as this machine's memory was full; `dmesg` or the scheduler "
+    "knows. Fewer processes (--nproc), a smaller model, or a job with more memory (--mem) would help."
+)
+
 _BEGINS = "building policy"
 _STOPPED = re.compile(r"stopped by signal (\d+) after \d+ examples$")
 
@@ -183,8 +191,11 @@ def _end(folder: Path, record: runs.Record, outcome: child.Outcome, of: machines
     if finished:
         _show_end(folder, record, log)
     else:
+        was_killed = not interrupted and (status == KILLED or any(_KILLED.match(line) for line in ears.tail))
         how = "was stopped" if interrupted else f"failed with exit status {status}"
         display.say(f"{record['stage']} {how}; its output is in {folder / 'train.log'}")
+        if was_killed:
+            display.say(MEMORY)
         if checkpoint := _newest_checkpoint(folder):
             again = (
                 ["sbatch", str(folder / slurm.SCRIPT)] if record.get("slurm") else ["ambersafe", "resume", str(folder)]

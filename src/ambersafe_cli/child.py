@@ -24,6 +24,10 @@ _MARK = "AMBERSAFE_RUN"
 _ENDS_OF_LINES = re.compile(rb"[\r\n]+")
 
 
+AT_ONCE, ONE_EVENT = 1.0, 2.0
+"""Seconds behind a signal within which another one, or the same one again, is not a second wish."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How the child ended: its exit status (128 and the signal's number if a signal ended it), and the signal that we
@@ -54,8 +58,8 @@ class Watcher:
 def run(launch: Launch, log: Path, watcher: Watcher) -> Outcome:
     """Start the child, pass on what it prints as it comes, keep it in `log` as well, and wait for its end.
 
-    The first Ctrl-C, SIGTERM or SIGHUP is passed on to what trains, which saves a checkpoint and ends; the second one
-    kills. However the child ends, no process of it is left behind.
+    The first Ctrl-C, SIGTERM or SIGHUP is passed on to what trains, which saves a checkpoint and ends; a second one,
+    which is no SIGHUP and comes later than AT_ONCE, kills. However the child ends, no process of it is left behind.
     Raises RunFolderError if the log cannot be written.
     """
     mark = f"{launch.run_folder}:{os.getpid()}"
@@ -118,11 +122,22 @@ def end_with_parent(parent: int) -> None:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect the signals that ask us to stop, instead of dying of them. One that is ignored (nohup) stays so."""
+    """Collect the signals that ask us to stop, instead of dying of them. One that is ignored (nohup) stays so.
+
+    What one event sends twice counts once: of a terminal that is closed shell and kernel both tell, and a scheduler
+    may send its signal to a job and to each of its processes.
+    """
     received: list[int] = []
+    last = 0.0
 
     def collect(number: int, frame: FrameType | None) -> None:
+        nonlocal last
+        now = time.monotonic()
+        is_again = received and now - last < (ONE_EVENT if number == received[-1] else AT_ONCE)
+        if is_again or (received and number == signal.SIGHUP):
+            return
         received.append(number)
+        last = now
 
     # SIGQUIT is Ctrl-\; the last two are what schedulers can be told to send before they end a job.
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)

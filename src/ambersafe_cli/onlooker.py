@@ -1,7 +1,6 @@
 """What a user sees of an attempt while it trains: the live view on a terminal, upstream's own lines elsewhere."""
 
 import contextlib
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -86,4 +85,4 @@ def _leave(run: following.Following) -> None:
     live.summarize(run)
     if not (has_ended or run.notices):  # who stopped it knows why
         for line in list(run.tail)[-LAST_LINES:]:
-            print(f"  {line}", file=sys.stderr)
+            display.say(f"  {line}")
