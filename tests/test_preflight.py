@@ -403,3 +403,45 @@ def test_a_key_that_upstream_has_not_is_an_error_and_the_one_that_is_meant_is_na
     assert "no key n_epoch. Is it n_epochs?" in found
     assert "no key loss.betta" in found
     assert found.count("has no key") == 2
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "save_every_examples=0", "keep_checkpoints=0", "keep_checkpoints=-1", "warmup_steps=-1", "warmup_steps=x",
+        "max_grad_norm=-1", "max_grad_norm=0", "lr=-1", "lr=0", "save_every_minutes=0", "keep_best=lossx",
+        "keep_best=rewards_eval/margins",
+    ],
+)  # fmt: skip
+def test_a_value_that_no_run_can_have_is_said_before_it_starts(check: Check, tmp_path: Path, wrong: str) -> None:
+    data = write(tmp_path / "rows", rows(64), rows(48))
+    done = check("sft", "--data", data, wrong)
+    assert done.returncode != 0
+    key, _, value = wrong.partition("=")
+    assert re.search(rf"^error: .*\b{key if key != 'keep_best' else re.escape(value)}\b", done.stderr, re.MULTILINE)
+
+
+def test_values_at_the_edge_of_what_a_run_can_have_are_taken(check: Check, tmp_path: Path) -> None:
+    data = write(tmp_path / "rows", rows(64), rows(48))
+    edge = ("save_every_examples=1", "keep_checkpoints=1", "warmup_steps=0", "save_every_minutes=0.5")
+    done = check("sft", "--data", data, *edge, "keep_best=loss/eval")
+    assert done.returncode == 0, done.stderr
+
+
+def test_pairs_of_equal_responses_are_counted(check: Check, tmp_path: Path) -> None:
+    alike = [{**row, "response_1": row["response_0"]} for row in rows(3)]
+    data = write(tmp_path / "rows", [*alike, *rows(64)[3:]], rows(48))
+    (tmp_path / "policy.pt").write_bytes(b"")
+    done = check("dpo", "--data", data, "--archive", tmp_path / "policy.pt")
+    assert "(train split): 3 pairs have the same text as chosen and as rejected." in done.stderr
+    assert "as chosen and as rejected" not in check("sft", "--data", data).stderr
+
+
+def test_a_tokenizer_without_an_eos_is_an_error(check: Check, tmp_path: Path) -> None:
+    model = shutil.copytree(check.model, tmp_path / "without")  # noqa: F811
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": None}))
+    (model / "special_tokens_map.json").unlink(missing_ok=True)
+    done = check("sft", "--data", write(tmp_path / "rows", rows(64), rows(48)), "--model", model)
+    assert done.returncode != 0
+    assert "error: The tokenizer has no EOS, which ends each response in training." in done.stderr

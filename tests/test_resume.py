@@ -15,7 +15,8 @@ import pytest
 from conftest import git, load, numbers, only_run, records_of, run_ambersafe
 from test_real_upstream import TINY, model, rows  # noqa: F401, fixtures
 
-from ambersafe_cli import metrics
+from ambersafe_cli import metrics, resuming, runs
+from ambersafe_cli.errors import UsageError
 
 pytestmark = pytest.mark.slow
 
@@ -221,3 +222,21 @@ def test_old_checkpoints_go_and_the_best_stays(
     evaluations = [r for r in metrics.read_log(run / "train.log").evaluations if r.examples][:-1]
     best = min(evaluations, key=lambda r: r.values["loss/eval"]).examples
     assert {path.name for path in run.glob("step-*")} == {f"step-{best}", f"step-{evaluations[-1].examples}"}
+
+
+@pytest.mark.parametrize(("kept", "held", "more"), [(2, 1, 3), (2, 2, 2), (2, 3, 2), (None, 1, 2), (None, 5, 2)])
+def test_resume_looks_whether_the_disk_has_room_for_what_is_still_to_be_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int | None, held: int, more: int
+) -> None:
+    """Before it loads anything: a checkpoint is written before an older one goes, and LATEST comes besides."""
+    for step in range(1, held + 1):
+        (tmp_path / f"step-{step}").mkdir()
+        for name in ("policy.pt", "optimizer.pt"):
+            (tmp_path / f"step-{step}" / name).write_bytes(b"x" * 500)
+    run = runs.Run(tmp_path, {"values": {"keep_checkpoints": kept}, "overrides": []}, "failed")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=more * 1000))
+    resuming._require_room(run, tmp_path / f"step-{held}")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=more * 1000 - 1))
+    with pytest.raises(UsageError, match=f"room for {more} more checkpoints"):
+        resuming._require_room(run, tmp_path / f"step-{held}")

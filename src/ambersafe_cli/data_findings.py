@@ -81,9 +81,16 @@ def of_data(stage: "Stage", config: Mapping[str, Any], data: Mapping[str, Any]) 
             f"The prompts cannot be rendered with the template {config['template']}: {data['not_rendered']}.",
             "--template hh and --template none need nothing of the tokenizer.",
         )
+    if data["eos"] is None:
+        yield Finding(
+            "error",
+            "The tokenizer has no EOS, which ends each response in training.",
+            "Give its tokenizer_config.json an eos_token, or another --model.",
+        )
     what = "prompts" if stage.name == "sft" else "pairs"
     for name, split in data["splits"].items():
         yield from _of_split(stage, config, name, split, data["eos"])
+        yield from _of_pairs_alike(stage, name, split) if stage.name == "dpo" else ()
     train, test = data["splits"]["train"]["examples"], data["splits"]["test"]["examples"]
     yield from _of_counts(config, train, test, what)
     yield from _of_what_is_cut(config, data["splits"]["train"]["sampled"])
@@ -106,6 +113,17 @@ def _of_split(
             f"{where}: {split['with_eos']} {what} hold the tokenizer's EOS {eos!r}, at which upstream stops while it "
             f"trains; the first has the prompt {split['first_with_eos'][:60]!r}.",
             "Add drop_eos=true behind the flags to leave them out, or take it out of the texts.",
+        )
+
+
+def _of_pairs_alike(stage: "Stage", name: str, split: Mapping[str, Any]) -> Iterator[Finding]:
+    """A pair of equal responses has no margin to train, whatever its labels say."""
+    if alike := split.get("alike"):
+        verb = "pair has" if alike == 1 else "pairs have"
+        yield Finding(
+            "warning",
+            f"{stage.data} ({name} split): {alike} {verb} the same text as chosen and as rejected.",
+            "They teach nothing and hold the reward accuracy down; take them out of the rows.",
         )
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from ambersafe_cli import (
 )
 from ambersafe_cli.errors import SlurmError, UsageError
 from ambersafe_cli.overrides import assign
+from ambersafe_cli.plans import in_gigabytes
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ def resume(
             display.warn(error.message)
         checkpoint = recovery.put_in_order(folder)
         if checkpoint:
+            _require_room(runs.Run(folder, record, record["status"]), checkpoint)
             if not record["upstream"]["can_resume"]:
                 raise UsageError("The clone of this run lacks the patch that resumes.", "Start the stage again.")
             if assign("resume", launch.NEWEST) not in plan.argv:
@@ -153,6 +156,24 @@ def _again(
     elif ranks != Ranks():
         raise UsageError("The run trains in one process, without torchrun.", "Start the stage again with --nproc.")
     return launch.Launch(folder, clone, tuple(command), settings, processes * of.count, (), of), training
+
+
+def _require_room(run: runs.Run, newest: Path) -> None:
+    """Raise UsageError if the disk has no room for the checkpoints that are still to come, each as large as the newest.
+
+    Each is written before an older one is deleted, and LATEST comes besides.
+    """
+    each = sum(path.stat().st_size for path in newest.iterdir() if path.is_file())
+    kept = run.setting("keep_checkpoints")
+    held = len(runs.steps(run.folder))
+    most = max(kept, held) + 1 if isinstance(kept, int) else held + 1
+    needed, free = (most - held + 1) * each, shutil.disk_usage(run.folder).free
+    if needed > free:
+        raise UsageError(
+            f"{run.folder} needs room for {most - held + 1} more checkpoints, {in_gigabytes(needed)}, and its disk has "
+            f"{in_gigabytes(free)} free.",
+            "Make room, then resume again: training would come as far as the next checkpoint, and lose what it did.",
+        )
 
 
 def _newest_unfinished() -> Path:

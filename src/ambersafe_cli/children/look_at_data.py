@@ -193,6 +193,7 @@ def look(request: dict[str, Any]) -> dict[str, Any]:
             "examples": len(examples),
             "with_eos": len(every) - len(clean),
             "first_with_eos": bad[0] if bad else None,
+            "alike": sum(len(set(example[1:])) < len(example) - 1 for example in examples),
             "prompts_a_batch": prompts_a_batch(data, request["batch_size"]),
         }
         if split == "train":
