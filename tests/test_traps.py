@@ -265,10 +265,15 @@ def test_a_slow_save_by_rank_0(patched: Path, tmp_path: Path) -> None:
         f"import sys; sys.path.insert(0, {str(patched)!r})\n"
         "import omegaconf, torch, utils\n"
         "utils.join_torchrun_group(omegaconf.OmegaConf.create({}))\n"
-        "group = torch.distributed.group.WORLD._get_backend(torch.device('cpu'))\n"
-        "print(group.options._timeout.total_seconds())\n"
+        "import machines\n"
+        "for group in (torch.distributed.group.WORLD, machines.patient_group):\n"
+        "    print(group._get_backend(torch.device('cpu')).options._timeout.total_seconds())\n"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     done = subprocess.run([*torchrun, tmp_path / "ask.py"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout.splitlines()[-1]) >= 6 * 3600
+    of_collectives, of_waiting = map(float, done.stdout.splitlines()[-2:])
+    assert of_waiting >= 6 * 3600
+    assert of_collectives <= 1800, "one that hangs is noticed"
+    trainers = (patched / "trainers.py").read_text()
+    assert "dist.barrier()" not in trainers, "it would wait as a collective does"
