@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import Ambersafe, commit, git, make_repository
 
-from ambersafe_cli import patches, upstream
+from ambersafe_cli import machines, patches, upstream
 from ambersafe_cli.child import ONE_EVENT
 
 AWKWARD = "a b=c, 'd' \"e\" {f} [g] é:漢"
@@ -487,3 +487,14 @@ def test_metrics_jsonl_holds_what_was_printed(ambersafe: Ambersafe, fake_clone: 
     assert [(each["kind"], each["examples"]) for each in entries] == [("eval", 0), ("train", 16), ("eval", 16)]
     assert entries[1]["loss/train"] == 2
     assert [each["time"] for each in entries] == sorted(each["time"] for each in entries)
+
+
+def test_nccl_and_gloo_take_the_interface_by_which_the_machines_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = machines.Machines(count=2, number=1, endpoint="127.0.0.1:29500")
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    assert {name: machines.settings(of).get(name) for name in names} == dict.fromkeys(names, "lo")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
+    assert {name: machines.settings(of).get(name) for name in names} == {names[0]: "lo", names[1]: None}
+    assert set(names) <= set(machines.SETTINGS), "resume asks anew"
