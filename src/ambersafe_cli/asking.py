@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ambersafe_cli import display, environment
-from ambersafe_cli.child import end_with_parent
 from ambersafe_cli.errors import (
     AmberSafeError,
     ArchiveError,
@@ -23,6 +22,7 @@ from ambersafe_cli.errors import (
     TrainingEnvironmentError,
     UsageError,
 )
+from ambersafe_cli.processes import end_with_parent
 
 if TYPE_CHECKING:
     from ambersafe_cli.cloning import Progress

@@ -1,12 +1,15 @@
 """One attempt at a run, the first or a later one: from the lock on its folder to the exit status."""
 
 import collections
+import functools
 import math
 import os
 import re
+import secrets
 import shlex
+import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,7 @@ from ambersafe_cli.errors import (
     NoCheckpointError,
     RunFolderError,
     SlurmError,
+    UsageError,
 )
 
 
@@ -61,13 +65,14 @@ def attempt(plan: launch.Launch, record: runs.Record, plain: bool, also: Mapping
             record = {**record, "slurm": {**record["slurm"], "job_id": os.environ["SLURM_JOB_ID"]}}
         else:
             record = {**record, "machines": asdict(plan.machines), "processes": plan.processes}
-        started |= also or {}
+        token = secrets.token_hex(8)
+        started |= {"token": token, **(also or {})}
         record = {"started": started["started"], **record, "status": "running", "ended": None, "exit_status": None}
         record["attempts"] = [*earlier, started]
         runs.write(folder, record)
         display.say(f"run folder: {folder}")
         log_file = folder / "train.log"
-        ears = _Ears()
+        ears = _Ears(functools.partial(_has_another, folder, token))
         try:
             if number > 1:
                 metrics.begin_attempt(log_file, number)
@@ -77,6 +82,11 @@ def attempt(plan: launch.Launch, record: runs.Record, plain: bool, also: Mapping
         except BaseException:
             runs.write(folder, {**record, "status": "failed", "ended": runs.now()})
             raise
+        if ears.is_overtaken:
+            raise UsageError(
+                f"Another process has the run {folder} now, and this one has ended: run.json is of its attempt.",
+                "It began while this one gave no sign of life, or where the disk has no locks; `ambersafe show` tells.",
+            )
         return _end(folder, record, outcome, plan.machines, ears)
 
 
@@ -84,11 +94,13 @@ class _Ears:
     """Hears what the processes say, for what their exit statuses do not tell.
 
     `lost`: that another one has gone; `stopped`: the signal by which they were stopped, 0 if they were not; `begun`:
-    how often they began; `tail`: the last lines since then.
+    how often they began; `tail`: the last lines since then; `is_overtaken`: that another process has the run.
     """
 
-    def __init__(self) -> None:
-        self.lost = False
+    def __init__(self, has_another: Callable[[], bool] = lambda: False) -> None:
+        self.lost = self.is_overtaken = False
+        self._lost_at, self._looked_at = 0.0, time.monotonic()
+        self._has_another = has_another
         self.stopped = self.begun = 0
         self.tail: collections.deque[str] = collections.deque(maxlen=500)
 
@@ -97,23 +109,51 @@ class _Ears:
             self.begun += 1
             self.lost = False
             self.tail.clear()
-        self.lost = self.lost or machines.LOST in line
+        if not self.lost and (machines.LOST in line or machines.STUCK in line):
+            self.lost, self._lost_at = True, time.monotonic()
         if match := _STOPPED.match(line):
             self.stopped = int(match[1])
         self.tail.append(line)
 
     def between(self, watcher: child.Watcher, of: machines.Machines) -> child.Watcher:
-        """The same watcher, with these ears, and which does not wait for ever for a torchrun that has lost the others:
-        cut off, it may hang."""
+        """The same watcher, with these ears, and which does not wait for ever for a torchrun that has lost the others,
+        cut off or waiting for a process that cannot be killed."""
 
         def on_line(line: str, is_stdout: bool) -> None:
             self.hear(line)
             watcher.on_line(line, is_stdout)
 
         def is_given_up(seconds: float) -> bool:
-            return seconds > (5 if self.lost and not of.restarts else of.patience + 60)
+            if time.monotonic() - self._looked_at > _LOOK_EVERY:
+                self._looked_at = time.monotonic()
+                self.is_overtaken = self._has_another()
+            is_cut_off = self.lost and not of.restarts
+            is_over = is_cut_off and time.monotonic() - self._lost_at > _TORCHRUNS_END
+            return self.is_overtaken or is_over or seconds > (5 if is_cut_off else of.patience + 60)
 
-        return replace(watcher, on_line=on_line, is_given_up=is_given_up)
+        return replace(watcher, on_line=on_line, is_given_up=is_given_up, may_pause=lambda: _may_pause(of))
+
+
+def _may_pause(of: machines.Machines) -> bool:
+    if of.count > 1:
+        display.say("Ctrl-Z is passed over: the other machines would take this one for lost; Ctrl-C saves and stops")
+    return of.count == 1
+
+
+def _has_another(folder: Path, token: str) -> bool:
+    """Whether run.json is of an attempt that another process has begun."""
+    try:
+        record = runs.read(folder)
+    except RunFolderError:  # being written, or damaged: nothing that another attempt leaves
+        return False
+    return record is not None and (record["attempts"] or [{}])[-1].get("token", token) != token
+
+
+_LOOK_EVERY = 10.0
+"""Seconds between two looks for another process in the run's folder, which may lie on a slow disk."""
+
+_TORCHRUNS_END = 90.0
+"""Seconds that torchrun gets to end its processes: it gives them 30 before it kills them."""
 
 
 KILLED = 137
@@ -176,6 +216,11 @@ def _end(folder: Path, record: runs.Record, outcome: child.Outcome, of: machines
     last = log.evaluations[-1].values if log.evaluations else None
     # JSON has no NaN
     record["last_metrics"] = last and {key: value if math.isfinite(value) else None for key, value in last.items()}
+    if outcome.left:
+        display.warn(
+            f"Not even SIGKILL ends the processes {', '.join(map(str, outcome.left))}: they wait for a disk, a GPU or "
+            "a network that does not answer. `dmesg` may say which; only a reboot may help."
+        )
     try:
         runs.write(folder, record)
     except RunFolderError:
@@ -194,7 +239,7 @@ def _end(folder: Path, record: runs.Record, outcome: child.Outcome, of: machines
         was_killed = not interrupted and (status == KILLED or any(_KILLED.match(line) for line in ears.tail))
         how = "was stopped" if interrupted else f"failed with exit status {status}"
         display.say(f"{record['stage']} {how}; its output is in {folder / 'train.log'}")
-        if was_killed:
+        if was_killed and not outcome.left:
             display.say(MEMORY)
         if checkpoint := _newest_checkpoint(folder):
             again = (

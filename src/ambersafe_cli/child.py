@@ -1,7 +1,6 @@
 """The child process: train.py's output as it comes, its signals, and its end, that leaves nothing behind."""
 
 import contextlib
-import ctypes
 import functools
 import io
 import os
@@ -12,15 +11,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from ambersafe_cli import processes
 from ambersafe_cli.errors import RunFolderError
 from ambersafe_cli.launch import TORCHRUN, Launch
 
-_MARK = "AMBERSAFE_RUN"
 _ENDS_OF_LINES = re.compile(rb"[\r\n]+")
 
 
@@ -30,11 +29,12 @@ AT_ONCE, ONE_EVENT = 1.0, 2.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the child ended: its exit status (128 and the signal's number if a signal ended it), and the signal that we
-    passed on to it, if there was one."""
+    """How the child ended: its exit status (128 and the signal's number if a signal ended it), the signal that we
+    passed on to it, if there was one, and the processes that did not even end of a SIGKILL."""
 
     exit_status: int
     signal: int | None
+    left: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Watcher:
     is never called twice at a time. `on_signal` is called when the first signal has been passed on. `is_stop_asked`
     is called every second, and counts as a Ctrl-C when it says so. `is_given_up` is called every second with the
     seconds for which torchrun has had no process that trains, and has all that is left killed when it says so.
-    `passes_on`: whether our own standard streams get what the child prints.
+    `passes_on`: whether our own standard streams get what the child prints. `aside` is entered when Ctrl-Z stops us and
+    the training; `may_pause` says whether it may.
     """
 
     on_line: Callable[[str, bool], object]
@@ -53,6 +54,16 @@ class Watcher:
     is_stop_asked: Callable[[], bool]
     passes_on: bool = True
     is_given_up: Callable[[float], bool] = lambda seconds: False
+    aside: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
+    may_pause: Callable[[], bool] = lambda: True
+
+
+@dataclass
+class _Received:
+    """The signals that asked us to stop, in order, and whether one asked for a pause."""
+
+    numbers: list[int] = field(default_factory=list)
+    pause: bool = False
 
 
 def run(launch: Launch, log: Path, watcher: Watcher) -> Outcome:
@@ -63,7 +74,7 @@ def run(launch: Launch, log: Path, watcher: Watcher) -> Outcome:
     Raises RunFolderError if the log cannot be written.
     """
     mark = f"{launch.run_folder}:{os.getpid()}"
-    environment = {**os.environ, **launch.environment, _MARK: mark}
+    environment = {**os.environ, **launch.environment, processes.MARK: mark}
     try:
         log_file = log.open("ab", buffering=0)
     except OSError as error:
@@ -76,7 +87,7 @@ def run(launch: Launch, log: Path, watcher: Watcher) -> Outcome:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,  # a Ctrl-C of the terminal reaches us alone, and we pass it on
-            preexec_fn=functools.partial(_begin, os.getpid()),
+            preexec_fn=functools.partial(_begin, os.getpid(), launch.shields_torchrun),
         )
         assert child.stdout and child.stderr  # noqa: S101, for mypy: both are pipes
         write_log = _line_writer(log_file, watcher.on_line)
@@ -97,54 +108,55 @@ def run(launch: Launch, log: Path, watcher: Watcher) -> Outcome:
         try:
             _wait(child, received, mark, watcher)
         finally:
-            _kill_all(child, mark)
+            left = processes.kill_all(child, mark)
         for pump in pumps:
             pump.join(timeout=5)
-    status = child.returncode
-    return Outcome(status if status >= 0 else 128 - status, received[0] if received else None)
+    status = -signal.SIGKILL if child.returncode is None else child.returncode
+    first = received.numbers[0] if received.numbers else None
+    return Outcome(status if status >= 0 else 128 - status, first, tuple(left))
 
 
-def _begin(parent: int) -> None:
+def _begin(parent: int, shield: bool) -> None:
     """Called in the child before it becomes torchrun or train.py."""
     # A scheduler may send these to all processes, and who does not know them dies: they are for us, who pass them on.
-    for number in (signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)
-    end_with_parent(parent)
-
-
-def end_with_parent(parent: int) -> None:
-    """Have Linux send SIGTERM to this process when the one that started it has gone, be it by kill -9."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it went before we asked
-        os._exit(128 + signal.SIGTERM)
+    if shield:
+        # torchrun would kill its processes at them. What it starts has them blocked too, and train.py takes SIGTERM.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
+    processes.end_with_parent(parent, signal.SIGINT if shield else signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
+def _signals() -> Iterator[_Received]:
     """Collect the signals that ask us to stop, instead of dying of them. One that is ignored (nohup) stays so.
 
     What one event sends twice counts once: of a terminal that is closed shell and kernel both tell, and a scheduler
     may send its signal to a job and to each of its processes.
     """
-    received: list[int] = []
+    received = _Received()
     last = 0.0
 
     def collect(number: int, frame: FrameType | None) -> None:
         nonlocal last
         now = time.monotonic()
-        is_again = received and now - last < (ONE_EVENT if number == received[-1] else AT_ONCE)
-        if is_again or (received and number == signal.SIGHUP):
+        before = received.numbers
+        is_again = before and now - last < (ONE_EVENT if number == before[-1] else AT_ONCE)
+        if is_again or (before and number == signal.SIGHUP):
             return
-        received.append(number)
+        before.append(number)
         last = now
+
+    def pause(number: int, frame: FrameType | None) -> None:
+        received.pause = True
 
     # SIGQUIT is Ctrl-\; the last two are what schedulers can be told to send before they end a job.
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
-    old = {number: signal.getsignal(number) for number in numbers}
+    old = {number: signal.getsignal(number) for number in (*numbers, signal.SIGTSTP, signal.SIGTTOU)}
     for number, handler in old.items():
         if handler is not signal.SIG_IGN:
-            signal.signal(number, collect)
+            signal.signal(number, pause if number == signal.SIGTSTP else collect)
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # in the background, of a terminal that stops who writes: we write
     try:
         yield received
     finally:
@@ -152,7 +164,7 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _wait(child: "subprocess.Popen[bytes]", received: list[int], mark: str, watcher: Watcher) -> None:
+def _wait(child: "subprocess.Popen[bytes]", received: _Received, mark: str, watcher: Watcher) -> None:
     """Wait for the child; pass the first signal on, and after a second one leave it to be killed.
 
     There is no time limit in between: a checkpoint of tens of gigabytes is being saved, and who must have it quicker,
@@ -160,24 +172,43 @@ def _wait(child: "subprocess.Popen[bytes]", received: list[int], mark: str, watc
     """
     told: set[int] | None = None
     asked_at = trained_at = time.monotonic()
-    while child.poll() is None and len(received) < 2:
+    numbers = received.numbers
+    while child.poll() is None and len(numbers) < 2:
+        if received.pause:
+            received.pause = False
+            if watcher.may_pause():
+                _pause(mark, watcher)
         if time.monotonic() - asked_at > 1:
             asked_at = time.monotonic()
             if watcher.is_stop_asked():
                 # Not a SIGTERM: after that a Slurm job is queued again, and this is somebody's wish. If a scheduler's
                 # signal came first, the checkpoint is being saved already.
-                is_first = not received or received[0] == signal.SIGINT
-                received[:] = [*received, signal.SIGINT] if is_first else [signal.SIGINT]
+                is_first = not numbers or numbers[0] == signal.SIGINT
+                numbers[:] = [*numbers, signal.SIGINT] if is_first else [signal.SIGINT]
             workers = _workers(child, mark) if _is_torchrun(child) else {child.pid}
             if workers:
                 trained_at = asked_at
-            elif watcher.is_given_up(asked_at - trained_at):
+            if watcher.is_given_up(asked_at - trained_at):
                 return
             if told and workers and not workers & told:
                 return  # they were killed by what they were told, not having begun to train, and are started again
-        if received and told is None:
-            told = _pass_on(child, mark, received[0], watcher.on_signal)
+        if numbers and told is None:
+            told = _pass_on(child, mark, numbers[0], watcher.on_signal)
         time.sleep(0.05)
+
+
+def _pause(mark: str, watcher: Watcher) -> None:
+    """Stop the training and this process, as Ctrl-Z asks; what has us go on (`fg`, `bg`) has the training go on.
+
+    Going on alone it would stand still as soon as what it prints fills the pipe to us.
+    """
+    with watcher.aside():
+        processes.send(mark, signal.SIGSTOP)
+        ours = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        # Not SIGSTOP: where no shell could have us go on, Linux passes this one over.
+        signal.raise_signal(signal.SIGTSTP)
+        signal.signal(signal.SIGTSTP, ours)
+        processes.send(mark, signal.SIGCONT)
 
 
 def _is_torchrun(child: "subprocess.Popen[bytes]") -> bool:
@@ -186,7 +217,7 @@ def _is_torchrun(child: "subprocess.Popen[bytes]") -> bool:
 
 def _workers(child: "subprocess.Popen[bytes]", mark: str) -> set[int]:
     """The processes that torchrun has started."""
-    return {pid for pid in _marked(mark) if _parent(pid) == child.pid}
+    return {pid for pid in processes.marked(mark) if processes.parent_of(pid) == child.pid}
 
 
 def _pass_on(child: "subprocess.Popen[bytes]", mark: str, number: int, on_signal: Callable[[], None]) -> set[int]:
@@ -198,39 +229,6 @@ def _pass_on(child: "subprocess.Popen[bytes]", mark: str, number: int, on_signal
             os.kill(pid, number)
     on_signal()
     return told
-
-
-def _parent(pid: int) -> int | None:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return None
-
-
-def _kill_all(child: "subprocess.Popen[bytes]", mark: str) -> None:
-    """Kill what is left of the child. torchrun's workers are in sessions of their own, but all of them, and what they
-    started in turn, have our mark in their environment."""
-    deadline = time.monotonic() + 20  # a process that waits for a dead file system cannot be killed
-    while (left := _marked(mark)) and time.monotonic() < deadline:
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.05)
-    if child.poll() is None:  # without /proc: at least the child's own session
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
-
-
-def _marked(mark: str) -> list[int]:
-    """The processes, this one apart, that have our mark in their environment (Linux; elsewhere none is found)."""
-    wanted = os.fsencode(f"{_MARK}={mark}")
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            if wanted in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
-    return found
 
 
 def _line_writer(log: io.FileIO, on_line: Callable[[str, bool], object]) -> Callable[[bool, bytes], None]:

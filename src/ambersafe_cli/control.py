@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from ambersafe_cli import display, locks, runs, slurm
+from ambersafe_cli import display, locks, runs, slurm, standstill
 from ambersafe_cli.errors import UsageError
 
 
@@ -67,7 +67,11 @@ def stop(name: str | None, now: bool) -> int:
         locks.ask_to_stop(folder)
         while runs.is_running(folder) and locks.is_asked_to_stop(folder):
             time.sleep(0.1)
+    is_said = now
     while runs.is_running(folder):
+        if not is_said and (said := standstill.of_run(folder)):
+            display.warn(f"{said} {standstill.MEND}")
+            is_said = True
         time.sleep(0.1)
     run = runs.look(folder)
     status = run.status if run else "gone"

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ambersafe_cli import curves, health, journal, metrics, runs
+from ambersafe_cli import curves, health, journal, metrics, runs, standstill
 
 TAIL = 40
 """Lines of the output that are kept."""
@@ -50,6 +50,7 @@ class Following:
     advice: tuple[health.Advice, ...] = ()
     doing: str = "starting"
     checkpoint: tuple[str, float] | None = None
+    _stuck: str | None = None
     _attempt: int = 0
     _first: metrics.Record | None = None
     _looked: dict[str, float] = field(default_factory=dict)
@@ -62,13 +63,14 @@ class Following:
         if isinstance(entry, metrics.Record) and entry.kind == "train":
             if entry.attempt != self._attempt:
                 self._attempt, self._first = entry.attempt, entry
-            self.doing = ""
+            self.doing, self._stuck = "", None
 
     def take_line(self, line: str) -> None:
         """A line of the child's output, or a state of its progress bar, which takes the place of the one before."""
         line = clean(line).rstrip()
         if not line or (" after " in line and metrics.parse_line(line)):
             return
+        self._stuck = standstill.parse_line(line) or self._stuck
         if self.tail and _BAR.search(line) and _BAR.search(self.tail[-1]):
             self.tail.pop()
         self.tail.append(line)
@@ -78,7 +80,8 @@ class Following:
     def look(self, at_once: bool = False) -> None:
         """Look, not more often than needed, for what no line tells: the run's health, and its checkpoints."""
         if self._is_due("health", _HEALTH_EVERY) or at_once:
-            self.advice = health.look(self.stage, self.curves.steps, self.curves.evaluations, self.planned_examples)
+            found = health.look(self.stage, self.curves.steps, self.curves.evaluations, self.planned_examples)
+            self.advice = (standstill.advice(self._stuck), *found) if self._stuck else found
         if self._is_due("checkpoint", _CHECKPOINT_EVERY) or at_once:
             self.checkpoint = _newest_checkpoint(self.folder)
 

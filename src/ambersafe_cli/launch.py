@@ -1,5 +1,6 @@
 """The command that runs train.py: a stage, fitted to the clone and the machine."""
 
+import contextlib
 import shlex
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -39,6 +40,15 @@ class Launch:
     processes: int
     notes: tuple[str, ...]
     machines: Machines = ALONE
+
+    @property
+    def shields_torchrun(self) -> bool:
+        """Whether torchrun is kept from SIGTERM: only where train.py, which has it blocked then as well, takes it."""
+        if TORCHRUN not in self.argv:
+            return False
+        with contextlib.suppress(OSError):
+            return "signal.SIG_UNBLOCK" in (self.clone / "train.py").read_text(errors="replace")
+        return False
 
     def as_shell(self) -> str:
         """The same as one line for a shell."""

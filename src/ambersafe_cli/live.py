@@ -45,12 +45,44 @@ class _Picture:
             yield line
 
 
+class _Screen:
+    """The terminal's second screen, which the view has while we are in the foreground."""
+
+    def __init__(self, terminal: "Console") -> None:
+        self._terminal = terminal
+        self._is_aside = False
+        self.lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Show the first screen while the block runs, and afterwards until we are in the foreground again."""
+        with self.lock:
+            with contextlib.suppress(OSError, ValueError):
+                self._terminal.show_cursor(True)
+                self._terminal.set_alt_screen(False)
+            self._is_aside = True
+            yield
+
+    def is_ours(self) -> bool:
+        """Whether the view may be drawn now."""
+        with contextlib.suppress(OSError):
+            if os.tcgetpgrp(sys.stderr.fileno()) != os.getpgrp():
+                return False
+        if self._is_aside:
+            self._terminal.set_alt_screen(True)
+            self._terminal.show_cursor(False)
+            self._is_aside = False
+        return True
+
+
 @contextlib.contextmanager
-def shown(run: Following, footer: str, lock: threading.Lock, update: Callable[[], object]) -> Iterator[None]:
+def shown(
+    run: Following, footer: str, lock: threading.Lock, update: Callable[[], object]
+) -> Iterator[Callable[[], contextlib.AbstractContextManager[None]]]:
     """Show a run on the terminal's second screen while the block runs; what was on the first one is there afterwards.
 
     `update` is called before each picture. Whoever changes `run` holds `lock`. A terminal that goes away ends the view,
-    not what is going on in the block.
+    not what is going on in the block. Yields what to enter while this process is stopped.
     """
     from rich.live import Live
 
@@ -60,12 +92,15 @@ def shown(run: Following, footer: str, lock: threading.Lock, update: Callable[[]
         picture, console=terminal, screen=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
     )
     done = threading.Event()
+    screen = _Screen(terminal)
 
     def draw() -> None:
         with contextlib.suppress(OSError, ValueError):  # the terminal is gone
             while not done.is_set():
                 update()
-                live.refresh()
+                with screen.lock:
+                    if screen.is_ours():
+                        live.refresh()
                 done.wait(EVERY)
 
     thread = threading.Thread(target=draw, daemon=True)
@@ -73,7 +108,7 @@ def shown(run: Following, footer: str, lock: threading.Lock, update: Callable[[]
         with contextlib.suppress(OSError, ValueError):
             live.start()
         thread.start()
-        yield
+        yield screen.aside
     finally:
         done.set()
         thread.join(timeout=5)

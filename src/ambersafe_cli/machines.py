@@ -11,14 +11,14 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ambersafe_cli import display
+from ambersafe_cli import display, standstill
 from ambersafe_cli.errors import MachinesError, UsageError
 
 DEFAULT_PORT = 29400
 """torchrun's own."""
 
-LOST = "no sign of life of rank"
-"""In a line of train.py that ends because another process has gone."""
+LOST, STUCK = "no sign of life of rank", "ends: stuck for "
+"""In a line of train.py that ends because another process has gone, or because none gets on."""
 
 _SIOCGIFADDR = 0x8915  # ioctl(2), netdevice(7): the address of an interface
 
@@ -203,6 +203,8 @@ def explain(lines: Iterable[str], machines: Machines) -> MachinesError | None:
             )
         if line.startswith("error: the machines differ in "):
             return MachinesError(f"T{line.removeprefix('error: t').strip()}.", "Make them alike, and start again.")
+        if STUCK in line and (said := standstill.parse_line(line)):
+            found = found or MachinesError(said, standstill.MEND)
         if LOST in line and line.startswith("error: "):
             found = found or MachinesError(line.removeprefix("error: ").strip().capitalize() + ".", _HINT)
         if "RendezvousTimeoutError" in line:

@@ -4,6 +4,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from ambersafe_cli import child, display, following, journal, live, runs, tensorboard_files
@@ -59,9 +60,9 @@ def watching(
     try:
         with (
             tensorboard_files.of_attempt(folder, record) as to_tensorboard,
-            live.shown(run, _FOOTER, lock, look) if is_live else contextlib.nullcontext(),
+            live.shown(run, _FOOTER, lock, look) if is_live else contextlib.nullcontext(None) as aside,
         ):
-            yield watcher
+            yield replace(watcher, aside=aside) if aside else watcher
     finally:
         run.look(at_once=True)
         if is_live:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ambersafe_cli import by_hand, display, metrics, runs
+from ambersafe_cli import by_hand, display, metrics, runs, standstill
 
 _SHORT = 12
 """Digits of a commit or fingerprint that are shown; --json has all."""
@@ -107,6 +107,8 @@ def how_it_went(run: runs.Run) -> Iterator[tuple[str, str]]:
         planned = record.get("planned_examples")
         of = f" of {_number(planned)}" if planned else ""
         yield "so far", f"{last.examples:,}{of} examples, loss {_number(last.values.get('loss/train'))}"
+    if run.status != "finished" and (said := standstill.of_run(run.folder)):
+        yield "stuck", said
     for name, what in _checkpoints(run):
         yield "checkpoint", f"{name}{what}"
     if values := last_metrics(run):

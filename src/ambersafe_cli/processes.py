@@ -1,0 +1,67 @@
+"""The processes that an attempt has started, at whatever depth: found by a mark in their environment, and killed."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+MARK = "AMBERSAFE_RUN"
+
+TO_BE_KILLED = 20.0
+"""Seconds that processes get to end of a SIGKILL: one that waits for a disk or a device that has gone never does."""
+
+
+def end_with_parent(parent: int, number: int = signal.SIGTERM) -> None:
+    """Have Linux send a signal to this process when the one that started it has gone, be it by kill -9."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it went before we asked
+        os._exit(128 + signal.SIGTERM)
+
+
+def marked(mark: str) -> list[int]:
+    """The processes, this one apart, that have our mark in their environment (Linux; elsewhere none is found)."""
+    wanted = os.fsencode(f"{MARK}={mark}")
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if wanted in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return found
+
+
+def parent_of(pid: int) -> int | None:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
+
+
+def send(mark: str, number: int) -> list[int]:
+    """Send a signal to all processes of the child, and return those."""
+    found = marked(mark)
+    for pid in found:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+    return found
+
+
+def kill_all(child: "subprocess.Popen[bytes]", mark: str) -> list[int]:
+    """Kill what is left of the child, and return what does not die.
+
+    torchrun's workers are in sessions of their own, but all of them, and what they started, have our mark.
+    """
+    deadline = time.monotonic() + TO_BE_KILLED
+    while (left := send(mark, signal.SIGKILL)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if child.poll() is None:  # without /proc: at least the child's own session
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+    try:
+        child.wait(timeout=max(1.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return left or [child.pid]
+    return left
