@@ -5,7 +5,9 @@ from pathlib import Path
 
 from ambersafe_cli import health
 
-_SAID = re.compile(r"^(?:WARNING: |error: rank \d+ on .{1,255}? ends: )stuck for (\d{1,9}) seconds(?:: | )(.{1,500})$")
+_SAID = re.compile(
+    r"^(?:WARNING: |error: rank \d+ on .{1,255}? ends: )stuck for (\d{1,9}) seconds: (?:in )?(.{1,500})$"
+)
 _MOVES = "train stats after "
 _TAIL = 1 << 16
 """Bytes of the end of train.log that are looked at: a training that stands still prints nothing more."""
@@ -14,7 +16,7 @@ _TAIL = 1 << 16
 def parse_line(line: str) -> str | None:
     """What train.py says of a standstill, in one sentence; None for every other line."""
     match = _SAID.match(line.rstrip("\n"))
-    return f"It has stood still for {match[1]} seconds {match[2].removeprefix('in ')}." if match else None
+    return f"It has stood still for {match[1]} seconds: {match[2]}." if match else None
 
 
 def of_run(folder: Path) -> str | None:
