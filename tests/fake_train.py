@@ -10,6 +10,8 @@ from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # as upstream's patched train.py
+
 
 def read(overrides):
     """Every KEY=VALUE as Hydra reads it."""
@@ -78,7 +80,7 @@ match os.environ.get("FAKE", "train"):
     case "slow to stop":
 
         def stop(*_):
-            time.sleep(4)
+            time.sleep(float(os.environ.get("FAKE_SECONDS", "4")))
             (run_folder / "saved").touch()
             sys.exit(143)
 

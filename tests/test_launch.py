@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import faults
 import pytest
 from conftest import Ambersafe, commit, git, make_repository
 
@@ -401,6 +402,29 @@ def test_what_one_event_sends_several_times_is_one_wish_and_the_checkpoint_is_sa
     assert child.wait(timeout=30) == 128 + first
     (run,) = runs_of(fake_clone)
     assert (run / "saved").is_file(), "it takes 4 seconds"
+
+
+@pytest.mark.slow
+def test_a_signal_to_every_process_of_a_job_does_not_have_torchrun_kill_a_rank_that_saves(
+    fake_clone: Path, model: Path
+) -> None:
+    """torchrun would give it 30 seconds."""
+    command = ["sft", "--no-preflight", "--model", str(model), "--nproc", "1"]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "ambersafe_cli", *command],
+        cwd=fake_clone.parent,
+        env={**os.environ, "FAKE": "slow to stop", "FAKE_SECONDS": "36", **faults.marked_environment("slow")},
+        stdout=subprocess.PIPE,
+    )
+    assert child.stdout
+    assert any(b"waiting" in line for line in child.stdout)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGTERM):
+        for pid in faults.marked("slow"):
+            faults.kill(pid, number)
+    assert child.wait(timeout=80) == 128 + signal.SIGTERM
+    (run,) = runs_of(fake_clone)
+    assert (run / "saved").is_file()
+    assert not faults.left_over("slow", 5)
 
 
 def test_a_process_that_is_killed_says_that_it_was_most_likely_the_memory(
