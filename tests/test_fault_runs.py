@@ -71,7 +71,7 @@ SPOILT = {
     ),
     "gradient": (
         "            grad_norm = self.clip_gradient()\n",
-        "            next(p for p in self.policy.parameters() if p.grad is not None).grad.view(-1)[0] = float('nan')\n",
+        "            next(p for p in self.policy.parameters() if p.grad is not None).grad.mul_(float('nan'))\n",
     ),
     "evaluation": (
         "                if self.config.stop_on_nan and not np.isfinite(list(mean_eval_metrics.values())).all():\n",
@@ -113,6 +113,26 @@ def test_a_number_that_is_not_finite_ends_a_run_whose_checkpoints_are_finite_and
         assert not (run / "LATEST").exists()
     done = run_ambersafe("resume", "--allow-modified", run, cwd=work)
     assert done.returncode == 0, done.stderr
+
+
+def test_restarts_do_not_come_to_the_same_number_again(
+    patched: Path,
+    model: Path,  # noqa: F811
+    rows: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    clone = Path(shutil.copytree(patched, tmp_path / "clone"))
+    line, spoil = SPOILT["gradient"]
+    mend(clone / "trainers.py", line, f"            if self.batch_counter == 3:\n    {spoil}{line}")
+    given = training(clone, model, rows, "--nproc", 2, "--max-restarts", 3, "save_every_examples=16")
+    done = run_ambersafe(*given, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    run = only_run(tmp_path, "run")
+    assert json.loads((run / "run.json").read_text())["status"] == "failed"
+    log = (run / "train.log").read_text()
+    assert log.count("building policy") == 1
+    assert log.count("error: the gradient after 48 examples is not finite") == 1
+    assert "ambersafe resume" in done.stderr
 
 
 # --- what is kept of the reference model ---

@@ -94,11 +94,12 @@ class _Ears:
     """Hears what the processes say, for what their exit statuses do not tell.
 
     `lost`: that another one has gone; `stopped`: the signal by which they were stopped, 0 if they were not; `begun`:
-    how often they began; `tail`: the last lines since then; `is_overtaken`: that another process has the run.
+    how often they began; `tail`: the last lines since then; `is_overtaken`: that another process has the run;
+    `has_given_up`: that they ended with 0 for torchrun not to start them again.
     """
 
     def __init__(self, has_another: Callable[[], bool] = lambda: False) -> None:
-        self.lost = self.is_overtaken = False
+        self.lost = self.is_overtaken = self.has_given_up = False
         self._lost_at, self._looked_at = 0.0, time.monotonic()
         self._has_another = has_another
         self.stopped = self.begun = 0
@@ -113,6 +114,7 @@ class _Ears:
             self.lost, self._lost_at = True, time.monotonic()
         if match := _STOPPED.match(line):
             self.stopped = int(match[1])
+        self.has_given_up = self.has_given_up or bool(_NOT_FINITE.match(line))
         self.tail.append(line)
 
     def between(self, watcher: child.Watcher, of: machines.Machines) -> child.Watcher:
@@ -165,6 +167,7 @@ MEMORY = (
 )
 
 _BEGINS = "building policy"
+_NOT_FINITE = re.compile(r"error: the (?:loss|gradient|evaluation) after \d+ examples is not finite")
 _STOPPED = re.compile(r"stopped by signal (\d+) after \d+ examples$")
 
 
@@ -200,6 +203,8 @@ def _listen(folder: Path) -> bool:
 def _end(folder: Path, record: runs.Record, outcome: child.Outcome, of: machines.Machines, ears: _Ears) -> int:
     log = metrics.read_log(folder / "train.log")
     has_checkpoint = runs.checkpoint(folder).is_file()
+    if ears.has_given_up and not has_checkpoint:
+        outcome = replace(outcome, exit_status=outcome.exit_status or 1)
     finished = outcome.exit_status == 0 and has_checkpoint
     # torchrun ends with 0 when its processes were stopped, be it by a signal that only another machine got.
     number = outcome.signal or (0 if finished or outcome.exit_status else ears.stopped)

@@ -6,6 +6,7 @@ values and containers are accepted; a safetensors file begins with a JSON header
 
 import collections
 import hashlib
+import io
 import json
 import math
 import pickle
@@ -15,7 +16,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ambersafe_cli.errors import ArchiveError
 from ambersafe_cli.hub import WEIGHTS, shards
@@ -29,7 +30,12 @@ class _Storage:
 
 
 class _ShapesOnly(pickle.Unpickler):
-    """Unpickles tensors as their shapes, and refuses everything that could run code."""
+    """Unpickles tensors as their shapes, and refuses everything that could run code. `kinds`: of each storage that they
+    lie in, by its name in the archive, torch's class."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file)
+        self.kinds: dict[str, str] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -43,10 +49,12 @@ class _ShapesOnly(pickle.Unpickler):
         if (module, name) in (("torch.nn.parameter", "Parameter"), ("torch", "Tensor")):
             return _Storage
         if module == "torch" and name.endswith("Storage"):
-            return _Storage
+            return name
         raise pickle.UnpicklingError(f"it holds {module}.{name}")
 
     def persistent_load(self, pid: Any) -> Any:
+        if isinstance(pid, tuple) and len(pid) > 2:
+            self.kinds[str(pid[2])] = str(pid[1])
         return _Storage()
 
 
@@ -129,9 +137,27 @@ def _read_pickle(path: Path) -> Any:
     Raises an exception of any kind for a file that is damaged: those of zipfile and pickle are nowhere written down.
     """
     with zipfile.ZipFile(path) as archive:
-        (name,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        with archive.open(name) as file:
-            return _ShapesOnly(file).load()
+        return _unpickle(archive)[0]
+
+
+def _unpickle(archive: zipfile.ZipFile) -> tuple[Any, dict[str, str]]:
+    """What an archive of torch.save's holds, and of each member with numbers the class of its storage."""
+    (name,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+    unpickler = _ShapesOnly(io.BytesIO(archive.read(name)))  # all of it, and its CRC-32, before any is gone by
+    content = unpickler.load()
+    folder = name.removesuffix("data.pkl")
+    return content, {f"{folder}data/{key}": kind for key, kind in unpickler.kinds.items()}
+
+
+def weights_of_policy(archive: zipfile.ZipFile) -> Mapping[str, str]:
+    """The members of a policy.pt that hold its weights, and of each the class of its storage, such as FloatStorage.
+
+    None for an optimizer.pt or the like, whose state is nested. Raises as _read_pickle does.
+    """
+    content, kinds = _unpickle(archive)
+    state = content.get("state") if isinstance(content, dict) else None
+    is_policy = isinstance(state, dict) and all(isinstance(shape, tuple) for shape in state.values())
+    return kinds if is_policy else {}
 
 
 def fingerprint(path: Path) -> str | None:

@@ -9,7 +9,7 @@ import struct
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from ambersafe_cli import checkpoints
 from ambersafe_cli.errors import ArchiveError
@@ -24,7 +24,8 @@ _FLAGS = 0x0808  # names in UTF-8, sizes behind the data
 
 
 def damage(path: Path) -> str | None:
-    """Why a file of torch.save's is not as it was written: missing, cut off, or a byte is another. None if it is whole.
+    """Why a file of torch.save's is not as it was written: missing, cut off, or a byte is another; or why nothing goes
+    on from it: a weight of a policy.pt is not finite. None if it is whole.
 
     Of a policy.pt that goes with an adapter, the same of the adapter's files. It reads the whole file, at the speed of
     the disk or of CRC-32, which the archive holds of each of its members.
@@ -32,12 +33,52 @@ def damage(path: Path) -> str | None:
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             _require_sound_directory(file, archive.infolist())
-            bad = archive.testzip()
+            weights = checkpoints.weights_of_policy(archive)
+            for member in archive.infolist():
+                with archive.open(member) as read:
+                    if not _are_finite(read, weights.get(member.filename, "")):
+                        return _NOT_FINITE
     except FileNotFoundError:
         return "it is missing"
+    except zipfile.BadZipFile as error:
+        what = "a byte of it is not what was written" if "CRC-32" in str(error) else "it is cut off or damaged"
+        return f"{what} ({error})"
     except Exception as error:  # what the reader of a zip archive raises for arbitrary bytes is nowhere written down
         return f"it is cut off or damaged ({error or type(error).__name__})"
-    return f"a byte of it is not what was written ({bad})" if bad else _damage_of_adapter(path)
+    return _damage_of_adapter(path)
+
+
+def _are_finite(file: IO[bytes], kind: str) -> bool:
+    """Read a file to its end, and say whether the numbers in it, of a storage of this class, are all finite.
+
+    Raises BadZipFile for another CRC-32.
+    """
+    import numpy
+
+    mask = _EXPONENTS.get(kind)
+    is_finite = True
+    nothing = numpy.zeros(1 << 18, numpy.float32)
+    while chunk := file.read(1 << 20):
+        if kind == "FloatStorage" and len(chunk) % 4 == 0:
+            # 0 times what is not finite is no number; this takes little beside the CRC-32.
+            numbers = numpy.frombuffer(chunk, "<f4")
+            with numpy.errstate(invalid="ignore"):
+                is_finite = is_finite and bool(numpy.dot(numbers, nothing[: len(numbers)]) == 0)
+        elif mask is not None:
+            bits = numpy.frombuffer(chunk[: len(chunk) // 8 * 8], f"<u{mask[0]}")
+            is_finite = is_finite and not bool(((bits & mask[1]) == mask[1]).any())
+    return is_finite
+
+
+_NOT_FINITE = "it holds weights that are not finite"
+_KINDS = {"F32": "FloatStorage", "F16": "HalfStorage", "BF16": "BFloat16Storage"}
+_EXPONENTS = {
+    "HalfStorage": (2, 0x7C00),
+    "BFloat16Storage": (2, 0x7F80),
+    "FloatStorage": (4, 0x7F800000),
+    "DoubleStorage": (8, 0x7FF0000000000000),
+}
+"""Bytes of a number, and the bits of its exponent, which are all set in one that is not finite (IEEE 754)."""
 
 
 def _damage_of_adapter(path: Path) -> str | None:
@@ -54,7 +95,16 @@ def _damage_of_adapter(path: Path) -> str | None:
             return f"its adapter's {name} is not beside it ({error.strerror})"
         if found != digest:
             return f"the {name} beside it is not the one that was saved with it"
+    if adapter and not _is_finite_adapter(adapter.folder / checkpoints.ADAPTER_FILES[0]):
+        return _NOT_FINITE
     return None
+
+
+def _is_finite_adapter(path: Path) -> bool:
+    kinds = {kind for _, kind in checkpoints.safetensors_entries(path).values()}
+    with path.open("rb") as file:
+        file.seek(8 + struct.unpack("<Q", file.read(8))[0])
+        return _are_finite(file, _KINDS.get(kinds.pop(), "") if len(kinds) == 1 else "")
 
 
 def require_whole(path: Path) -> None:
