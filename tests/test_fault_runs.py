@@ -371,10 +371,10 @@ def test_a_process_that_does_not_even_end_of_sigkill_does_not_hold_the_launcher(
     for number in range(tries(fault)):
         child = begin("resume", stopped, "--allow-modified", **otherwise, TEST_DEATHLESS="1", FAKE="hang")
         assert faults.wait_until(lambda number=number: "started" in said(tmp_path, number), 60)  # type: ignore[misc]
-        child.send_signal(signal.SIGINT)
+        child.send_signal(signal.SIGTERM)  # to which it is deaf
         time.sleep(1.2)
-        child.send_signal(signal.SIGTERM)
-        assert child.wait(timeout=60) == 128 + signal.SIGINT, said(tmp_path, number)
+        child.send_signal(signal.SIGINT)
+        assert child.wait(timeout=60) == 128 + signal.SIGTERM, said(tmp_path, number)
         assert "Not even SIGKILL ends the processes" in said(tmp_path, number)
         faults.kill_marked(tmp_path.name)
         note(fault, [] if record_of(stopped)["status"] == "interrupted" else [stopped])
