@@ -78,7 +78,7 @@ def attempt(plan: launch.Launch, record: runs.Record, plain: bool, also: Mapping
                 metrics.begin_attempt(log_file, number)
             machines.meet(plan.machines)
             with onlooker.watching(folder, record, plain, lambda: _listen(folder)) as watcher:
-                outcome = child.run(plan, log_file, ears.between(watcher, plan.machines))
+                outcome = child.run(plan, log_file, ears.between(watcher, plan.machines, plan.processes))
         except BaseException:
             runs.write(folder, {**record, "status": "failed", "ended": runs.now()})
             raise
@@ -117,7 +117,7 @@ class _Ears:
         self.has_given_up = self.has_given_up or bool(_NOT_FINITE.match(line))
         self.tail.append(line)
 
-    def between(self, watcher: child.Watcher, of: machines.Machines) -> child.Watcher:
+    def between(self, watcher: child.Watcher, of: machines.Machines, ranks: int) -> child.Watcher:
         """The same watcher, with these ears, and which does not wait for ever for a torchrun that has lost the others,
         cut off or waiting for a process that cannot be killed."""
 
@@ -130,15 +130,18 @@ class _Ears:
                 self._looked_at = time.monotonic()
                 self.is_overtaken = self._has_another()
             is_cut_off = self.lost and not of.restarts
-            is_over = is_cut_off and time.monotonic() - self._lost_at > _TORCHRUNS_END
+            waits = _TORCHRUNS_END + (of.patience if of.restarts else 0)
+            is_over = self.lost and time.monotonic() - self._lost_at > waits
             return self.is_overtaken or is_over or seconds > (5 if is_cut_off else of.patience + 60)
 
-        return replace(watcher, on_line=on_line, is_given_up=is_given_up, may_pause=lambda: _may_pause(of))
+        return replace(watcher, on_line=on_line, is_given_up=is_given_up, may_pause=lambda: _may_pause(of, ranks))
 
 
-def _may_pause(of: machines.Machines) -> bool:
+def _may_pause(of: machines.Machines, ranks: int) -> bool:
     if of.count > 1:
         display.say("Ctrl-Z is passed over: the other machines would take this one for lost; Ctrl-C saves and stops")
+    elif ranks > 1:
+        display.say("the training stops as well; after half an hour its ranks no longer wait for one another")
     return of.count == 1
 
 
@@ -181,12 +184,14 @@ def help_out(plan: launch.Launch, log_file: Path) -> int:
     watcher = child.Watcher(lambda line, is_stdout: None, lambda: display.say(onlooker.STOPPING), lambda: False)
     with upstream.in_use(plan.clone):
         display.say(f"the run's folder is on machine 0; what is printed here is in {log_file}")
-        outcome = child.run(plan, log_file, ears.between(watcher, plan.machines))
+        outcome = child.run(plan, log_file, ears.between(watcher, plan.machines, plan.processes))
     if outcome.exit_status == 0 and runs.checkpoint(plan.run_folder).is_file():
         return 0  # a signal that came when all was done
     if outcome.signal or ears.stopped:
         display.say("the run was stopped")
         return 128 + (outcome.signal or ears.stopped)
+    if outcome.exit_status == 0 and ears.has_given_up:
+        return 1
     if outcome.exit_status == 0:
         display.say("the run has finished")
     if outcome.exit_status and (error := machines.explain(ears.tail, plan.machines)):

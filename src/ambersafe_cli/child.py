@@ -46,7 +46,7 @@ class Watcher:
     is called every second, and counts as a Ctrl-C when it says so. `is_given_up` is called every second with the
     seconds for which torchrun has had no process that trains, and has all that is left killed when it says so.
     `passes_on`: whether our own standard streams get what the child prints. `aside` is entered when Ctrl-Z stops us and
-    the training; `may_pause` says whether it may.
+    the training; `may_pause` says whether it may, and why not.
     """
 
     on_line: Callable[[str, bool], object]
@@ -176,8 +176,8 @@ def _wait(child: "subprocess.Popen[bytes]", received: _Received, mark: str, watc
     while child.poll() is None and len(numbers) < 2:
         if received.pause:
             received.pause = False
-            if watcher.may_pause():
-                _pause(mark, watcher)
+            # torchrun has nothing to stop, and if we are killed meanwhile it kills what it has started.
+            _pause(mark, child.pid if _is_torchrun(child) else None, watcher)
         if time.monotonic() - asked_at > 1:
             asked_at = time.monotonic()
             if watcher.is_stop_asked():
@@ -197,18 +197,20 @@ def _wait(child: "subprocess.Popen[bytes]", received: _Received, mark: str, watc
         time.sleep(0.05)
 
 
-def _pause(mark: str, watcher: Watcher) -> None:
+def _pause(mark: str, torchrun: int | None, watcher: Watcher) -> None:
     """Stop the training and this process, as Ctrl-Z asks; what has us go on (`fg`, `bg`) has the training go on.
 
     Going on alone it would stand still as soon as what it prints fills the pipe to us.
     """
     with watcher.aside():
-        processes.send(mark, signal.SIGSTOP)
+        if not watcher.may_pause():
+            return
+        processes.send(mark, signal.SIGSTOP, but=torchrun)
         ours = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         # Not SIGSTOP: where no shell could have us go on, Linux passes this one over.
         signal.raise_signal(signal.SIGTSTP)
         signal.signal(signal.SIGTSTP, ours)
-        processes.send(mark, signal.SIGCONT)
+        processes.send(mark, signal.SIGCONT, but=torchrun)
 
 
 def _is_torchrun(child: "subprocess.Popen[bytes]") -> bool:
@@ -224,6 +226,8 @@ def _pass_on(child: "subprocess.Popen[bytes]", mark: str, number: int, on_signal
     """Send a signal to the processes that train, and return those: torchrun itself would only kill them."""
     number = number if number == signal.SIGINT else signal.SIGTERM
     told = (_workers(child, mark) if _is_torchrun(child) else set()) or {child.pid}
+    if told == {child.pid} and _is_torchrun(child):
+        number = signal.SIGINT  # it has started none yet, and may be kept from SIGTERM
     for pid in told:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)

@@ -70,7 +70,7 @@ class Following:
         line = clean(line).rstrip()
         if not line or (" after " in line and metrics.parse_line(line)):
             return
-        self._stuck = standstill.parse_line(line) or self._stuck
+        self._stuck = standstill.parse_line(line) or (None if line.startswith(standstill.MOVES) else self._stuck)
         if self.tail and _BAR.search(line) and _BAR.search(self.tail[-1]):
             self.tail.pop()
         self.tail.append(line)

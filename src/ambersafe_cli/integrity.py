@@ -4,6 +4,7 @@ Together with the CRC-32 of each member this covers every byte that torch.load g
 The files of an adapter lie beside the policy.pt, which has their SHA-256.
 """
 
+import errno
 import hashlib
 import struct
 import zipfile
@@ -33,7 +34,7 @@ def damage(path: Path) -> str | None:
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             _require_sound_directory(file, archive.infolist())
-            weights = checkpoints.weights_of_policy(archive)
+            weights = {} if path.name in _NO_POLICY else checkpoints.weights_of_policy(archive)
             for member in archive.infolist():
                 with archive.open(member) as read:
                     if not _are_finite(read, weights.get(member.filename, "")):
@@ -43,6 +44,12 @@ def damage(path: Path) -> str | None:
     except zipfile.BadZipFile as error:
         what = "a byte of it is not what was written" if "CRC-32" in str(error) else "it is cut off or damaged"
         return f"{what} ({error})"
+    except OSError as error:
+        if error.errno not in (None, errno.EINVAL):  # which zipfile meets in a damaged file
+            raise  # of the disk: what is there may be whole
+        return f"it is cut off or damaged ({error})"
+    except MemoryError:
+        raise
     except Exception as error:  # what the reader of a zip archive raises for arbitrary bytes is nowhere written down
         return f"it is cut off or damaged ({error or type(error).__name__})"
     return _damage_of_adapter(path)
@@ -70,6 +77,7 @@ def _are_finite(file: IO[bytes], kind: str) -> bool:
     return is_finite
 
 
+_NO_POLICY = ("optimizer.pt", "scheduler.pt")
 _NOT_FINITE = "it holds weights that are not finite"
 _KINDS = {"F32": "FloatStorage", "F16": "HalfStorage", "BF16": "BFloat16Storage"}
 _EXPONENTS = {
@@ -109,6 +117,13 @@ def _is_finite_adapter(path: Path) -> bool:
 
 def require_whole(path: Path) -> None:
     """Raise ArchiveError for a checkpoint that is not as it was written, or whose adapter is on one that is not."""
+    try:
+        _require_whole(path)
+    except OSError as error:
+        raise ArchiveError(f"{path} cannot be read: {error.strerror}.", "Look at its disk.") from error
+
+
+def _require_whole(path: Path) -> None:
     if found := damage(path):
         hint = "Take another checkpoint, or train it again."
         if "beside it" in found:

@@ -40,9 +40,9 @@ def parent_of(pid: int) -> int | None:
         return None
 
 
-def send(mark: str, number: int) -> list[int]:
-    """Send a signal to all processes of the child, and return those."""
-    found = marked(mark)
+def send(mark: str, number: int, but: int | None = None) -> list[int]:
+    """Send a signal to all processes of the child, `but` one, and return those."""
+    found = [pid for pid in marked(mark) if pid != but]
     for pid in found:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)

@@ -8,7 +8,12 @@ from ambersafe_cli import health
 _SAID = re.compile(
     r"^(?:WARNING: |error: rank \d+ on .{1,255}? ends: )stuck for (\d{1,9}) seconds: (?:in )?(.{1,500})$"
 )
-_MOVES = "train stats after "
+MOVES = (
+    "train stats after ", "skipping logging after ", "Running evaluation after ", "creating checkpoint to ",
+    "building policy", "=== ambersafe: attempt ",
+)  # fmt: skip
+"""How lines of train.log begin behind which a standstill is over."""
+
 _TAIL = 1 << 16
 """Bytes of the end of train.log that are looked at: a training that stands still prints nothing more."""
 
@@ -28,7 +33,7 @@ def of_run(folder: Path) -> str | None:
     except OSError:
         return None
     for line in reversed(lines):
-        if _MOVES in line:
+        if line.startswith(MOVES):
             return None
         if said := parse_line(line):
             return said
