@@ -40,17 +40,20 @@ def test_a_run_that_got_on_again_is_not_stuck(tmp_path: Path) -> None:
     assert standstill.of_run(tmp_path) is None
 
 
-Clone = Callable[[str, float], Path]
+Clone = Callable[[str, bool], Path]
 
 
 @pytest.fixture
 def clone(patched: Path, tmp_path: Path) -> Clone:
-    """A clone whose train.py sleeps so many seconds in the update of step 3, where a condition holds."""
+    """A clone whose train.py sleeps in the update of step 3 where a condition holds, for ever or until that is said."""
 
-    def make(condition: str, seconds: float) -> Path:
+    def make(condition: str, for_ever: bool) -> Path:
         folder = Path(shutil.copytree(patched, tmp_path / "clone"))
+        wait = "time.sleep(3600)" if for_ever else "[time.sleep(0.2) for _ in range(600) if not said(self.run_dir)]"
+        said = "def said(run):\n    return 'stuck for' in open(run + '/train.log').read()\n\n\n"
+        mend(folder / "trainers.py", "def preference_loss(", said + "def preference_loss(")
         line = "            begin(f'the update of step {self.batch_counter + 1}')\n"
-        sleep = f"            if self.batch_counter == 2 and ({condition}):\n                time.sleep({seconds})\n"
+        sleep = f"            if self.batch_counter == 2 and ({condition}):\n                {wait}\n"
         # Behind the line that says so for who is alone, before it for one of several: the others come further.
         mend(folder / "trainers.py", line, line + sleep if condition == "True" else sleep + line)
         return folder
@@ -102,7 +105,7 @@ def test_a_job_ends_of_a_rank_that_stands_still_and_names_it(
     who: str,
 ) -> None:
     environment = faults.marked_environment(tmp_path.name)
-    command = arguments(clone(condition, 3600), model, rows, "--nproc", "2", "--exp-name", "run")
+    command = arguments(clone(condition, True), model, rows, "--nproc", "2", "--exp-name", "run")
     done = run_ambersafe(*command, cwd=tmp_path, env=environment)
     assert done.returncode not in (0, 70)
     who = who.replace("HOST", os.uname().nodename)
@@ -122,7 +125,7 @@ def test_one_process_that_stands_still_says_so_and_goes_on(
     rows: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    done = run_ambersafe(*arguments(clone("True", 6), model, rows, "--exp-name", "run", "n_epochs=1"), cwd=tmp_path)
+    done = run_ambersafe(*arguments(clone("True", False), model, rows, "--exp-name", "run", "n_epochs=1"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     log = (only_run(tmp_path, "run") / "train.log").read_text()
     assert log.count("WARNING: stuck for ") == 1
@@ -138,7 +141,7 @@ def test_show_watch_and_stop_say_of_one_process_that_it_stands_still_and_stop_no
     tmp_path: Path,
     started: Callable[[list[str]], "subprocess.Popen[bytes]"],
 ) -> None:
-    child = started(arguments(clone("True", 3600), model, rows, "--exp-name", "run"))
+    child = started(arguments(clone("True", True), model, rows, "--exp-name", "run"))
     logs = list[Path]()
 
     def is_stuck() -> bool:
