@@ -5,11 +5,12 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from ambersafe_cli.errors import AmberSafeError, UsageError
+from ambersafe_cli.files import expand
 
 app = typer.Typer(
     help="Safety-tune a language model with DPO, by patching and launching its reference implementation.",
@@ -48,8 +49,10 @@ class Dtype(enum.StrEnum):
     float16 = "float16"
 
 
+_PATH: dict[str, Any] = {"parser": expand, "metavar": "PATH"}
+
 Clone = Annotated[
-    Path, typer.Option("--dir", envvar="AMBERSAFE_UPSTREAM_DIR", help="The folder of the clone of upstream.")
+    Path, typer.Option("--dir", envvar="AMBERSAFE_UPSTREAM_DIR", help="The folder of the clone of upstream.", **_PATH)
 ]
 Repo = Annotated[str | None, typer.Option(help="Another URL, or a local path, to clone upstream from.")]
 Python = Annotated[str, typer.Option(help="The interpreter that runs train.py.", show_default="this one")]
@@ -155,7 +158,8 @@ RunsTemplate = Annotated[
     Template | None, typer.Option("--template", help="The form of a prompt.", show_default="the run's, else none")
 ]
 RunsClone = Annotated[
-    Path | None, typer.Option("--dir", help="The clone of upstream that reads the data.", show_default="the run's own")
+    Path | None,
+    typer.Option("--dir", help="The clone of upstream that reads the data.", show_default="the run's own", **_PATH),
 ]
 OfModel = Annotated[
     str | None, typer.Option("--model", help="Of a policy.pt that lies in no run's folder: what model it is of.")
@@ -284,7 +288,9 @@ def dpo(
     ] = None,
     archive: Annotated[
         Path | None,
-        typer.Option(help="The policy.pt to start from.", show_default="the newest finished SFT run of this model"),
+        typer.Option(
+            help="The policy.pt to start from.", show_default="the newest finished SFT run of this model", **_PATH
+        ),
     ] = None,
     loss: Annotated[Loss | None, typer.Option(help="Which loss.", show_default="the recipe's, dpo")] = None,
     label_smoothing: Annotated[
@@ -501,7 +507,7 @@ def evaluate(
     ] = None,
     template: RunsTemplate = None,
     pairs: Annotated[
-        Path | None, typer.Option(help="Write what was found of each pair to a new file, as JSON Lines.")
+        Path | None, typer.Option(help="Write what was found of each pair to a new file, as JSON Lines.", **_PATH)
     ] = None,
     of_model: OfModel = None,
     folder: RunsClone = None,
@@ -524,7 +530,9 @@ def sample(
     run: Annotated[str, typer.Argument(metavar="RUN", help=_WEIGHTS)],
     prompts: Annotated[
         Path | None,
-        typer.Option(help="A .txt of one prompt a line, a .jsonl, or - for stdin.", show_default="some held-out ones"),
+        typer.Option(
+            help="A .txt of one prompt a line, a .jsonl, or - for stdin.", show_default="some held-out ones", **_PATH
+        ),
     ] = None,
     compare: Annotated[
         list[str] | None,
@@ -557,7 +565,9 @@ def plot(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="A .png or .svg, or a name without a suffix for both.", show_default="RUN/plots/STAGE.png and .svg"
+            help="A .png or .svg, or a name without a suffix for both.",
+            show_default="RUN/plots/STAGE.png and .svg",
+            **_PATH,
         ),
     ] = None,
     tensorboard: Annotated[
@@ -573,7 +583,9 @@ def plot(
 @app.command()
 def report(
     run: Annotated[str | None, typer.Argument(help=_RUN, show_default="the newest")] = None,
-    out: Annotated[Path | None, typer.Option(help="The file to write.", show_default="RUN/report.html")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write.", show_default="RUN/report.html", **_PATH)
+    ] = None,
 ) -> None:
     """Write one HTML page of a run and the SFT run it came from: what was run, curves, samples, provenance."""
     from ambersafe_cli import report
@@ -585,7 +597,8 @@ def report(
 def export(
     checkpoint: Annotated[str, typer.Argument(metavar="RUN|policy.pt", help="A run, its step-N, or a policy.pt.")],
     out: Annotated[
-        Path | None, typer.Option(help="The folder to write.", show_default="hugging_face, in the run's folder")
+        Path | None,
+        typer.Option(help="The folder to write.", show_default="hugging_face, in the run's folder", **_PATH),
     ] = None,
     dtype: Annotated[
         Dtype | None,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ambersafe_cli.errors import TrainingEnvironmentError
+from ambersafe_cli.files import expand
 
 # What upstream's train.py imports, and the distribution that brings it.
 MODULES = {
@@ -102,7 +103,7 @@ def probe(python: str, ask_torch: bool = False) -> TrainingEnvironment:
 
     For the GPUs it asks the driver's own tool, which is quick, or torch, which knows better whether they can be used.
     """
-    path = shutil.which(Path(python).expanduser())
+    path = shutil.which(expand(python))
     if path is None:
         raise TrainingEnvironmentError(f"There is no interpreter {python}.", "--python takes the path of a Python.")
     path = str(Path(path).absolute())  # not resolved: a virtual environment's python is a link

@@ -7,7 +7,23 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ambersafe_cli.errors import RunFolderError
+from ambersafe_cli.errors import RunFolderError, UsageError
+
+
+def expand(text: str | Path) -> Path:
+    """A path with the home folder in place of its `~`. Raises UsageError for a user that there is not, and for a path
+    that the system does not look at: its name is too long, or it lies in a folder that may not be looked into."""
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+        return path
+    except OSError as error:
+        raise UsageError(f"{text} cannot be looked at: {error.strerror}.", "Give another path.") from error
+    except RuntimeError as error:
+        raise UsageError(
+            f"{text} begins with the home folder of a user that is not known here.",
+            "Give the path in full; a file or folder whose name begins with ~ is written ./~…",
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:

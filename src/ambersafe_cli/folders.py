@@ -30,8 +30,8 @@ def require_free(folder: Path, force: bool, needed: tuple[Path, ...] = ()) -> No
         raise UsageError(
             f"{folder} is not empty.", "--force replaces it, once the new one is whole; --out takes another."
         )
-    home = Path("~").expanduser()
-    held = next((path for path in (home, *needed) if path.resolve().is_relative_to(folder)), None)
+    home = os.path.expanduser("~")  # noqa: PTH111, which fails where there is none
+    held = next((path for path in (Path(home), *needed) if path.resolve().is_relative_to(folder)), None)
     held = held or next((path for path in folder.rglob("*") if path.name in _NOT_OURS), None)
     if held:
         raise UsageError(f"{folder} holds {held}, which --force does not replace.", "--out takes another folder.")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ambersafe_cli import recipe as recipes
+from ambersafe_cli.files import expand
 from ambersafe_cli.overrides import assign
 
 TOKENIZER_KEY = "model.tokenizer_name_or_path"
@@ -163,7 +164,7 @@ def _prepared(name: str) -> Iterator[Path]:
     """The folders in which `datasets` keeps rows of a dataset, each named after the commit that they are of."""
     from huggingface_hub import constants
 
-    home = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets").expanduser()
+    home = expand(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
     # It writes Org/MyRows as Org___my_rows.
     wanted = name.replace("/", "").replace("_", "").lower()
     for folder in home.glob("*"):

@@ -15,6 +15,7 @@ from typing import Literal, cast
 import yaml
 
 from ambersafe_cli.errors import DataError, RecipeError, UsageError
+from ambersafe_cli.files import expand
 from ambersafe_cli.overrides import Override, Value, parse_overrides, read_yaml
 from ambersafe_cli.templates import TEMPLATES
 
@@ -103,7 +104,7 @@ def path_of(name: str) -> Path:
     """The file of a packaged recipe, or of one given by its path. Raises RecipeError if there is neither."""
     if name in names():
         return FOLDER / f"{name}.yaml"
-    path = Path(name).expanduser()
+    path = expand(name)
     if not path.is_file():
         raise RecipeError(f"There is no recipe {name}.", f"Take {', '.join(names())}, or the path of a YAML file.")
     return path
@@ -180,10 +181,10 @@ def resolve_data(recipe: Recipe, flags: Flags) -> tuple[str, str | None]:
         data, revision = environment[0], flags.data_revision or environment[1]
     else:
         data, revision = recipe.data or HUB_DATASET, flags.data_revision or environment[1] or recipe.data_revision
-    if Path(data).expanduser().exists():
+    if expand(data).exists():
         if flags.data_revision:
             raise UsageError(f"--data-revision picks a revision on the hub, but {data} is a local path.")
-        return str(Path(data).expanduser().resolve()), None
+        return str(expand(data).resolve()), None
     if not _HUB_NAME.fullmatch(data) or data.startswith(".") or data.lower().endswith(_FILE_ENDINGS):
         raise DataError(
             f"There is no file or folder {data}.",
@@ -206,7 +207,7 @@ def _check(stage: Stage) -> None:
         raise UsageError("Upstream's IPO loss has no label smoothing.", "Leave --label-smoothing or --loss ipo away.")
     if stage.trainer not in TRAINERS:
         raise UsageError(f"There is no trainer {stage.trainer}.", f"Upstream has {', '.join(TRAINERS)}.")
-    if Path(stage.model).expanduser().is_dir() and stage.get("model.revision"):
+    if expand(stage.model).is_dir() and stage.get("model.revision"):
         raise UsageError(f"--model-revision picks a revision on the hub, but {stage.model} is a local folder.")
     longest, prompt = stage.get("max_length"), stage.get("max_prompt_length") or UPSTREAMS_MAX_PROMPT_LENGTH
     if isinstance(longest, int) and isinstance(prompt, int) and longest <= prompt:
@@ -266,7 +267,7 @@ def _check_template(template: Value, datasets: Value) -> None:
 
 def _absolute_if_local(model: str) -> str:
     """A local model by its absolute path, so that a run's record holds wherever it is read."""
-    path = Path(model).expanduser()
+    path = expand(model)
     if path.is_dir():
         return str(path.resolve())
     if model.startswith(("/", "./", "../", "~")):

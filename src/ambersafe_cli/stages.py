@@ -27,6 +27,7 @@ from ambersafe_cli import (
 )
 from ambersafe_cli import recipe as recipes
 from ambersafe_cli.errors import ArchiveError, CloneError, PreflightError, UsageError
+from ambersafe_cli.files import expand
 from ambersafe_cli.requests import Request
 
 SAFERLHF_PATCH = "Add the saferlhf dataset"
@@ -168,7 +169,7 @@ def prepare(request: Request) -> Prepared:
         archive, sft_run = _archive(stage, request)
         stage = stage.with_values({"model.archive": str(archive)})
     given = stage.get("local_run_dir")
-    folder = Path(str(given)).expanduser().absolute() if given else runs.folder_for(str(stage.get("exp_name")))
+    folder = expand(str(given)).absolute() if given else runs.folder_for(str(stage.get("exp_name")))
     child = environment.probe(request.python, ask_torch=request.auto or not request.dry_run)
     if request.auto:
         if request.slurm:
@@ -209,7 +210,7 @@ def _archive(stage: recipes.Stage, request: Request) -> tuple[Path, Path | None]
     """The policy.pt that DPO starts from, and the SFT run that it belongs to if that was found here."""
     given = request.archive or stage.get("model.archive")
     if given:
-        path = Path(str(given)).expanduser().absolute()
+        path = expand(str(given)).absolute()
         if request.archive_to_come:
             return path, path.parent.parent
         if path.is_dir():
