@@ -1,9 +1,69 @@
 """Input that is wrong in ways nobody thinks of: names that mean something to others, rows of another type."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Ambersafe
+
+from ambersafe_cli import data, recipe
+from ambersafe_cli.errors import DataError
+
+Row = dict[str, Any]
+
+
+def rows(number: int, name: str = "p") -> list[Row]:
+    row = {"response_0": "a", "response_1": "b", "is_response_0_safe": True, "is_response_1_safe": False}
+    return [{"prompt": f"{name}{i}", **row, "safer_response_id": 0} for i in range(number)]
+
+
+def as_jsonl(path: Path, found: list[Row]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    return path
+
+
+# --- names ---
+
+
+@pytest.mark.parametrize("name", ["data*", "data?x", "data[s]", "a::b", "two\nlines"])
+def test_a_folder_is_refused_whose_name_datasets_takes_for_more_than_that(tmp_path: Path, name: str) -> None:
+    for each in (name, "data_other", "datasx"):
+        (tmp_path / each).mkdir()
+        as_jsonl(tmp_path / each / "rows.jsonl", rows(30, each))
+    for place in (tmp_path / name, tmp_path / name / "inner"):
+        place.mkdir(exist_ok=True)
+        as_jsonl(place / "rows.jsonl", rows(30, name))
+        with pytest.raises(DataError, match="by which `datasets` means other files") as caught:
+            recipe.resolve_data(recipe.load("tiny"), recipe.Flags({}, str(place)))
+        assert repr(str(place)) in caught.value.message
+        assert caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["data*.jsonl", "data[s].jsonl", "data?.jsonl"])
+def test_a_file_of_such_a_name_is_read_by_itself(tmp_path: Path, name: str) -> None:
+    as_jsonl(tmp_path / "datas.jsonl", rows(30, "other"))
+    as_jsonl(tmp_path / name, rows(40))
+    place, _ = recipe.resolve_data(recipe.load("tiny"), recipe.Flags({}, str(tmp_path / name)))
+    assert sum(split.rows for split in data.summarize(place, None).values()) == 40
+
+
+def test_a_file_that_datasets_would_leave_away_is_refused(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b::c.jsonl"):
+        as_jsonl(tmp_path / name, rows(30))
+    for place, named in ((tmp_path, "b::c.jsonl"), (tmp_path / "b::c.jsonl", "b::c.jsonl")):
+        with pytest.raises(DataError, match=named):
+            recipe.resolve_data(recipe.load("tiny"), recipe.Flags({}, str(place)))
+
+
+@pytest.mark.parametrize("command", ["sft", "dpo", "check sft", "data", "plan --gpu 24GB", "pipeline", "evaluate o/m"])
+def test_every_command_that_takes_data_refuses_a_pattern(ambersafe: Ambersafe, tmp_path: Path, command: str) -> None:
+    for name in ("data*", "data_other"):
+        (tmp_path / "work" / name).mkdir()
+        as_jsonl(tmp_path / "work" / name / "rows.jsonl", rows(30))
+    done = ambersafe(*command.split(), "--data", "./data*")
+    assert done.returncode == 65, done.stderr
+    assert "data*' has '*' in it" in done.stderr
 
 
 @pytest.mark.parametrize("path", ["~nobody-of-that-name/x", "x" * 300])

@@ -31,6 +31,7 @@ COME_AS_HH = ("hh", "shp", "se")
 StageName = Literal["sft", "dpo"]
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+MADE_BY_SAVE_TO_DISK = ("dataset_dict.json", "state.json")
 _FILE_ENDINGS = (".jsonl", ".json", ".parquet", ".csv")
 
 
@@ -184,6 +185,7 @@ def resolve_data(recipe: Recipe, flags: Flags) -> tuple[str, str | None]:
     if expand(data).exists():
         if flags.data_revision:
             raise UsageError(f"--data-revision picks a revision on the hub, but {data} is a local path.")
+        _require_no_pattern(expand(data).resolve())
         return str(expand(data).resolve()), None
     if not _HUB_NAME.fullmatch(data) or data.startswith(".") or data.lower().endswith(_FILE_ENDINGS):
         raise DataError(
@@ -191,6 +193,20 @@ def resolve_data(recipe: Recipe, flags: Flags) -> tuple[str, str | None]:
             "--data takes a path, or the name of a dataset on the hub (ORG/NAME).",
         )
     return data, revision
+
+
+def _require_no_pattern(path: Path) -> None:
+    """Raise DataError for a path that `datasets` does not take for the name of itself: it would read other files."""
+    is_searched = path.is_dir() and not any((path / name).exists() for name in MADE_BY_SAVE_TO_DISK)
+    marks = ("*", "?", "[", "\n", "::") if is_searched else ("::",)
+    found = [(mark, path) for mark in marks if mark in str(path)]
+    found += [("::", inner) for inner in path.rglob("*::*")] if is_searched else []
+    if found:
+        raise DataError(
+            f"{str(found[0][1])!r} has {found[0][0]!r} in it, by which `datasets` means other files than the one of "
+            "that name.",
+            "Rename it.",
+        )
 
 
 def _check(stage: Stage) -> None:
