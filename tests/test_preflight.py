@@ -139,6 +139,13 @@ def test_data_that_cannot_be_trained_on_is_an_error(
     assert "Traceback" not in done.stderr
 
 
+def test_a_row_of_another_type_is_named_before_a_run_starts(check: Check, tmp_path: Path) -> None:
+    data = write(tmp_path / "rows", [*rows(19), *rows(1, prompt=5), *rows(20)], rows(48))
+    done = check("sft", "--data", data)
+    assert done.returncode == 76
+    assert f"{data}/train.jsonl, row 20: column prompt holds a number (5), it must hold a text" in done.stderr
+
+
 def save(path: Path, state: Any) -> Path:
     import torch
 

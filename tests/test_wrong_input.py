@@ -1,6 +1,8 @@
 """Input that is wrong in ways nobody thinks of: names that mean something to others, rows of another type."""
 
+import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,27 @@ def rows(number: int, name: str = "p") -> list[Row]:
 
 def as_jsonl(path: Path, found: list[Row]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    return path
+
+
+def as_json(path: Path, found: list[Row]) -> Path:
+    path.write_text(json.dumps(found))
+    return path
+
+
+def as_csv(path: Path, found: list[Row]) -> Path:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(found[0]))
+        writer.writeheader()
+        writer.writerows(found)
+    return path
+
+
+def as_parquet(path: Path, found: list[Row]) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pa.Table.from_pylist(found), path)
     return path
 
 
@@ -85,3 +108,68 @@ def test_a_path_that_the_system_cannot_look_at_is_a_wrong_one_and_no_defect(
     assert done.returncode == 64, done.stderr
     assert path in done.stderr
     assert "defect" not in done.stderr
+
+
+# --- rows ---
+
+ODD: list[tuple[Row, str]] = [
+    ({"prompt": 5}, "column prompt holds a number (5), it must hold a text"),
+    ({"response_0": ["x"]}, "column response_0 holds a list (['x']), it must hold a text"),
+    ({"response_1": None}, "column response_1 holds nothing, it must hold a text"),
+    ({"is_response_0_safe": "yes"}, "column is_response_0_safe holds a text ('yes'), it must hold true or false"),
+    ({"is_response_1_safe": 1}, "column is_response_1_safe holds a number (1), it must hold true or false"),
+]
+
+
+@pytest.mark.parametrize("make", [as_jsonl, as_json])
+@pytest.mark.parametrize(("change", "said"), ODD)
+def test_a_row_of_another_type_is_named_with_its_file_number_and_column(
+    make: Callable[[Path, list[Row]], Path], change: Row, said: str, tmp_path: Path
+) -> None:
+    found = rows(40)
+    found[16].update(change)
+    path = make(tmp_path / f"rows.{make.__name__[3:]}", found)
+    with pytest.raises(DataError) as caught:
+        data.summarize(str(path), None)
+    assert f"{path}, row 17: {said}" in caught.value.message
+    assert "arrow.json" not in caught.value.message
+
+
+@pytest.mark.parametrize("value", ["yes", "1", ""])
+def test_the_same_in_csv_where_all_is_text(tmp_path: Path, value: str) -> None:
+    found = rows(40)
+    found[16]["is_response_0_safe"] = value
+    path = as_csv(tmp_path / "rows.csv", found)
+    with pytest.raises(DataError) as caught:
+        data.summarize(str(path), None)
+    assert f"{path}, row 17: column is_response_0_safe holds " in caught.value.message
+    assert "it must hold true or false" in caught.value.message
+
+
+def test_the_same_in_parquet_where_a_column_has_one_type(tmp_path: Path) -> None:
+    path = as_parquet(tmp_path / "rows.parquet", [{**row, "is_response_0_safe": "yes"} for row in rows(40)])
+    with pytest.raises(DataError) as caught:
+        data.summarize(str(path), None)
+    assert f"{path}, row 1: column is_response_0_safe holds a text ('yes')" in caught.value.message
+
+
+@pytest.mark.parametrize("make", [as_jsonl, as_json, as_csv, as_parquet])
+@pytest.mark.parametrize(("column", "values"), [("is_response_0_safe", (True, "yes")), ("safer_response_id", (0, [1]))])
+def test_of_several_files_the_one_is_named_that_holds_another_type(
+    make: Callable[[Path, list[Row]], Path], column: str, values: tuple[Any, Any], tmp_path: Path
+) -> None:
+    ending = make.__name__[3:]
+    make(tmp_path / f"a.{ending}", [{**row, column: values[0]} for row in rows(30, "x")])
+    path = make(tmp_path / f"b.{ending}", [{**row, column: values[1]} for row in rows(40)])
+    with pytest.raises(DataError) as caught:
+        data.summarize(str(tmp_path), None)
+    assert f"{path}, row 1: column {column} holds " in caught.value.message
+    assert "it must hold true or false" in caught.value.message or "in the files before it" in caught.value.message
+
+
+def test_a_row_that_is_no_json_or_no_object_is_named(tmp_path: Path) -> None:
+    for line, said in (("{", "cannot be read"), ("[1]", "is no object")):
+        path = as_jsonl(tmp_path / "rows.jsonl", rows(40))
+        path.write_text(path.read_text() + line + "\n")
+        with pytest.raises(DataError, match=rf"rows\.jsonl, row 41 {said}"):
+            data.summarize(str(path), None)

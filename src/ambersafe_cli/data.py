@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ambersafe_cli import odd_rows
 from ambersafe_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ def summarize(source: str, revision: str | None) -> dict[str, SplitSummary]:
             table = load_saferlhf(split, silent=True)
         except Exception as error:  # `datasets` raises many kinds: of the hub, of pyarrow, of pandas, its own
             said = _innermost(error)
-            raise DataError(said if source in said else f"Cannot read {source}: {said}", _hint(error)) from error
+            said = said if source in said else f"Cannot read {source}: {said}"
+            raise DataError(odd_rows.explain(source, said), _hint(error)) from error
         summaries[split] = _summarize(table, group_saferlhf_pairs(table))
         if not summaries[split].pairs:
             rows = f"of {table.num_rows} rows none has exactly one safe response" if table.num_rows else "no rows"

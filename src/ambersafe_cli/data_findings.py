@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ambersafe_cli import odd_rows
 from ambersafe_cli.errors import DataError
 from ambersafe_cli.findings import Finding
 
@@ -65,7 +66,11 @@ def _ask(python: str, request: Mapping[str, Any], rows: Mapping[str, str]) -> di
         answer = json.loads(child.stdout.splitlines()[-1])
     except (ValueError, IndexError):
         answer = {"error": child.stderr.strip()}
-    return answer if isinstance(answer, dict) else {"error": child.stdout}
+    if not isinstance(answer, dict):
+        return {"error": child.stdout}
+    if "error" in answer:
+        answer["error"] = odd_rows.explain(rows["SAFERLHF_DATASET"], str(answer["error"]))
+    return answer
 
 
 def of_data(stage: "Stage", config: Mapping[str, Any], data: Mapping[str, Any]) -> Iterator[Finding]:
