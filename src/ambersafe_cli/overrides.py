@@ -14,6 +14,9 @@ from ambersafe_cli.errors import UsageError
 
 Value = str | int | float | bool | None | list["Value"]
 
+LARGEST = 2**63 - 1
+"""The largest whole number: beyond it arithmetic with floats, or printing it, may fail."""
+
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")
 _WORDS_WITH_A_MEANING = {"null", "true", "false", "nan", "inf"}
 _OVERRIDE = re.compile(r"(?P<prefix>\+\+|\+|~)?(?P<key>[A-Za-z_][\w./@-]*)(?:=(?P<value>.*))?", re.DOTALL)
@@ -30,17 +33,51 @@ class Override:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 5e-7 is a number, as it is for Hydra; for PyYAML it lacks a dot."""
+    """YAML in which 5e-7 is a number and a date a text, as for Hydra, and which holds nothing that JSON has not.
+
+    A list or mapping stands in it once: aliases of aliases of them could come to any size, or to no end.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        alias = self.peek_event() if self.check_event(yaml.AliasEvent) else None  # type: ignore[no-untyped-call]
+        node = super().compose_node(parent, index)
+        if alias and not isinstance(node, yaml.ScalarNode):
+            raise yaml.composer.ComposerError(None, None, "an alias of a list or mapping", alias.start_mark)
+        return node
 
 
+def _whole_number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    found = loader.construct_yaml_int(node)
+    if not -LARGEST <= found <= LARGEST:
+        raise yaml.constructor.ConstructorError(None, None, "a number of more than 64 bits", node.start_mark)
+    return found
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [each for each in found if each[0] != "tag:yaml.org,2002:timestamp"]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+for _tag in ("timestamp", "binary", "set", "omap", "pairs"):
+    del _Loader.yaml_constructors[f"tag:yaml.org,2002:{_tag}"]
 
 
 def read_yaml(text: str) -> object:
     """Read a YAML document with Hydra's idea of a number. Raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_Loader)  # noqa: S506, it is a SafeLoader
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506, it is a SafeLoader
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
+        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from error  # PyYAML's own slips, as for !!int ""
+
+
+def is_plain(value: object) -> bool:
+    """Whether a setting can have this value: a text, number, truth value or null, or a list of them."""
+    if isinstance(value, list):
+        return all(not isinstance(each, list) and is_plain(each) for each in value)
+    return isinstance(value, str | float | None) or (isinstance(value, int) and -LARGEST <= value <= LARGEST)
 
 
 def quote(value: Value) -> str:

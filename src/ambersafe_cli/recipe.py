@@ -7,6 +7,7 @@ flags, flags over the recipe, the recipe over upstream's own config.
 import math
 import os
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import yaml
 
 from ambersafe_cli.errors import DataError, RecipeError, UsageError
 from ambersafe_cli.files import expand
-from ambersafe_cli.overrides import Override, Value, parse_overrides, read_yaml
+from ambersafe_cli.overrides import Override, Value, is_plain, parse_overrides, read_yaml
 from ambersafe_cli.templates import TEMPLATES
 
 FOLDER = Path(__file__).parent / "recipes"
@@ -128,7 +129,7 @@ def load(name: str) -> Recipe:
         _check_part(path, part, document.get(part, {}), hint)
     for key in ("description", "data", "data_revision"):
         if not isinstance(document.get(key), str | None):
-            raise RecipeError(f"{path}: {key} must be a text, not {document[key]!r}.", hint)
+            raise RecipeError(f"{path}: {key} must be a text, not {reprlib.repr(document[key])}.", hint)
     both = document.get("both", {})
     values = {stage: {**both, **document.get(stage, {})} for stage in ("sft", "dpo")}
     return Recipe(
@@ -145,9 +146,11 @@ def _check_part(path: Path, part: str, values: object, hint: str) -> None:
         raise RecipeError(f"{path}: {part} must be a mapping of upstream's keys.", hint)
     for key, value in values.items():
         if isinstance(value, dict):
-            raise RecipeError(f"{path}: {part}: write {key}.{next(iter(value), 'KEY')}: … instead of a mapping.", hint)
-        if not isinstance(value, str | int | float | list | None):
-            raise RecipeError(f"{path}: {part}: {key} must be a plain value, not {value!r}.", hint)
+            inner = reprlib.repr(next(iter(value), "KEY")).strip("'")
+            raise RecipeError(f"{path}: {part}: write {key}.{inner}: … instead of a mapping.", hint)
+        if not is_plain(value):
+            what = "a plain value, or a list of them"
+            raise RecipeError(f"{path}: {part}: {key} must be {what}, not {reprlib.repr(value)}.", hint)
 
 
 def resolve(name: StageName, recipe: Recipe, flags: Flags, override_texts: Sequence[str]) -> Stage:
