@@ -78,8 +78,18 @@ def test_a_run_without_the_file_is_read_from_its_log(tmp_path: Path) -> None:
 _VALUES = st.dictionaries(st.text().filter(lambda key: key not in journal._OWN), st.floats())
 
 
+_TIMES = st.none() | st.floats(0, 1e11)
+
+
 @given(
-    st.builds(metrics.Record, st.sampled_from(["train", "eval"]), st.integers(0, 10**12), _VALUES, st.integers(1, 99))
+    st.builds(
+        metrics.Record,
+        st.sampled_from(["train", "eval"]),
+        st.integers(0, 10**12),
+        _VALUES,
+        st.integers(1, 99),
+        _TIMES,
+    )
 )
 def test_a_record_is_read_back_as_it_was_but_for_the_kind_of_what_is_no_number(record: metrics.Record) -> None:
     found = journal.from_line(journal.to_line(record))
@@ -87,11 +97,6 @@ def test_a_record_is_read_back_as_it_was_but_for_the_kind_of_what_is_no_number(r
     assert (found.kind, found.examples, found.attempt) == (record.kind, record.examples, record.attempt)
     expected = {k: v if math.isfinite(v) else None for k, v in record.values.items()}
     assert {k: None if math.isnan(v) else v for k, v in found.values.items()} == expected
-
-
-@given(st.text() | st.recursive(st.none() | st.integers() | st.text(), st.lists).map(json.dumps))
-def test_no_line_of_the_file_is_fatal(line: str) -> None:
-    assert isinstance(journal.from_line(line), journal.Entry)
 
 
 @pytest.mark.parametrize("attempt", [1, 2])

@@ -119,6 +119,8 @@ def _misfits(adapter: checkpoints.Shapes, model: checkpoints.Shapes) -> Iterator
         found = known.get(layer) or known.get(layer.partition(".")[2])
         if found is None:
             yield f"the model has no {layer}"
+        elif len(shape) != 2:
+            yield f"{name} is no matrix"
         elif (size := shape[1] if "A" in kind else shape[0]) not in found:
             yield f"{layer} is {'x'.join(map(str, found))}, and the adapter is for {size}"
 

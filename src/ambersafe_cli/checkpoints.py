@@ -11,7 +11,7 @@ import json
 import math
 import pickle
 import re
-import struct
+import reprlib
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from ambersafe_cli.errors import ArchiveError
 from ambersafe_cli.hub import WEIGHTS, shards
+from ambersafe_cli.overrides import LARGEST
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -29,7 +30,15 @@ class _Storage:
     pass
 
 
-class _ShapesOnly(pickle.Unpickler):
+def _shape(size: Any) -> tuple[int, ...]:
+    """A tensor's shape. Raises ValueError for what is none."""
+    if not isinstance(size, tuple | list) or not all(type(each) is int and 0 <= each <= LARGEST for each in size):
+        raise ValueError(f"{reprlib.repr(size)} is no shape of a tensor")
+    return tuple(size)
+
+
+# Not C's: that one makes room for as many memos as a damaged file says that there are, up to 32 GB.
+class _ShapesOnly(pickle._Unpickler):
     """Unpickles tensors as their shapes, and refuses everything that could run code. `kinds`: of each storage that they
     lie in, by its name in the archive, torch's class."""
 
@@ -39,7 +48,7 @@ class _ShapesOnly(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, offset, size, *rest: tuple(size)
+            return lambda storage, offset, size, *rest: _shape(size)
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return lambda shape, *rest: shape
         if (module, name) == ("collections", "OrderedDict"):
@@ -114,7 +123,7 @@ def policy_shapes(path: Path) -> Shapes:
     Raises ArchiveError if it is cut off or not upstream's.
     """
     state = _read_policy(path)["state"]
-    shapes = {name: shape for name, shape in state.items() if isinstance(shape, tuple)}
+    shapes = {str(name): shape for name, shape in state.items() if isinstance(shape, tuple)}
     if len(shapes) != len(state):
         raise ArchiveError(f"{path} is an optimizer.pt or the like, not a policy.pt.", "Give the policy.pt beside it.")
     return shapes
@@ -143,6 +152,8 @@ def _read_pickle(path: Path) -> Any:
 def _unpickle(archive: zipfile.ZipFile) -> tuple[Any, dict[str, str]]:
     """What an archive of torch.save's holds, and of each member with numbers the class of its storage."""
     (name,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+    if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
+        raise zipfile.BadZipFile("it is compressed")  # torch.save does not, and it could become any size
     unpickler = _ShapesOnly(io.BytesIO(archive.read(name)))  # all of it, and its CRC-32, before any is gone by
     content = unpickler.load()
     folder = name.removesuffix("data.pkl")
@@ -193,7 +204,7 @@ def model_shapes(folder: Path) -> Shapes | None:
                 return None
             said = f"{path} is not a whole file of weights: {error}"
             raise ArchiveError(said, "Download the model again.") from error
-    return {name: shape for name, shape in shapes.items() if isinstance(shape, tuple)} or None
+    return {str(name): shape for name, shape in shapes.items() if isinstance(shape, tuple)} or None
 
 
 def _is_no_archive(path: Path) -> bool:
@@ -222,16 +233,23 @@ def weight_files(folder: Path) -> list[Path]:
 def safetensors_entries(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """The shape and dtype (F32, BF16, …) of each tensor in a safetensors file, by its header.
 
-    Raises OSError, ValueError or the like for a file that is cut off, or another kind of file.
+    Raises OSError, or ValueError for a file that is cut off, or another kind of file.
     """
+    size = path.stat().st_size
     with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if path.stat().st_size != 8 + length + end:
-        raise ValueError(f"it has {path.stat().st_size} bytes of {8 + length + end}")
-    return {name: (tuple(entry["shape"]), entry["dtype"]) for name, entry in header.items()}
+        length = int.from_bytes(file.read(8), "little")
+        if length > size:
+            raise ValueError(f"it has {size} bytes, and a header of {length}")
+        try:
+            header = dict(json.loads(file.read(length)))
+            header.pop("__metadata__", None)
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            entries = {name: (_shape(entry["shape"]), str(entry["dtype"])) for name, entry in header.items()}
+        except (LookupError, TypeError, RecursionError) as error:
+            raise ValueError(f"its header is none: {error}") from error
+    if size != 8 + length + end:
+        raise ValueError(f"it has {size} bytes of {8 + length + end}")
+    return entries
 
 
 def parameters(shapes: Shapes) -> int:

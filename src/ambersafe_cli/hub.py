@@ -139,8 +139,11 @@ def shards(path: Path) -> list[str]:
     if not path.name.endswith(".index.json"):
         return []
     try:
-        return sorted({str(file) for file in json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()})
-    except (KeyError, TypeError, AttributeError) as error:
+        found = sorted({str(file) for file in json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()})
+        if any(not 0 < len(os.fsencode(name)) < 256 for name in found):
+            raise TypeError("no names of files")
+        return found
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is no index of weights") from error
 
 

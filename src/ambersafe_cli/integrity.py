@@ -161,6 +161,8 @@ def _require_sound_directory(file: BinaryIO, members: Sequence[zipfile.ZipInfo])
             )
         )
         here, count, size, offset = end_64[6:]
+    # Members that share bytes could take any time to read.
+    sound = sound and sum(m.compress_size for m in members) <= offset
     sound = sound and here == count == len({m.filename for m in members}) and offset + size == directory_end
     file.seek(offset if sound else 0)
     directory = file.read(size if sound else 0)

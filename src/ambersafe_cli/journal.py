@@ -18,6 +18,8 @@ from typing import Any
 from ambersafe_cli import metrics
 
 FILE = "metrics.jsonl"
+_LATEST = 253_402_300_800.0
+"""The end of the year 9999, in seconds since 1970."""
 _OWN = ("kind", "time", "attempt", "examples", "line")
 
 Entry = metrics.Record | metrics.Total | metrics.Unreadable
@@ -41,19 +43,28 @@ def from_line(line: str) -> Entry:
     try:
         found = json.loads(line)
         kind, moment = found.pop("kind"), found.pop("time")
-        attempt = int(found.pop("attempt"))
+        attempt = _count(found.pop("attempt"))
         moment = None if moment is None else float(moment)
+        if moment is not None and not 0 <= moment < _LATEST:
+            raise ValueError("no time")
         if kind == "unreadable":
             return metrics.Unreadable(str(found["line"]), attempt, moment)
         if kind not in ("train", "eval", "total"):
             return metrics.Unreadable(line)
-        examples = int(found.pop("examples"))
+        examples = _count(found.pop("examples"))
         if kind == "total":
             return metrics.Total(examples, attempt, moment)
         values = {key: math.nan if value is None else float(value) for key, value in found.items()}
+        "".join(values).encode()  # fails for half a character, which JSON can hold, and no file
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return metrics.Unreadable(line)
     return metrics.Record(kind, examples, values, attempt, moment)
+
+
+def _count(value: Any) -> int:
+    if not 0 <= int(value) < 10**18:  # as metrics.parse_line has it
+        raise ValueError("no count")
+    return int(value)
 
 
 class Journal:

@@ -127,7 +127,8 @@ class Shape:
 
 def shape_of(model: checkpoints.Shapes) -> Shape:
     """The sizes of a model, by the names and shapes of its tensors."""
-    hidden = max((shape[1] for name, shape in model.items() if EMBEDDING.search(name)), default=0)
+    tables = [shape for name, shape in model.items() if EMBEDDING.search(name) and len(shape) == 2]
+    hidden = max((shape[1] for shape in tables), default=0)
     linears = {
         name: (shape[0], shape[1])
         for name, shape in model.items()
@@ -138,7 +139,7 @@ def shape_of(model: checkpoints.Shapes) -> Shape:
         layers=len({match[0] for name in model if (match := _BLOCK.search(name))}),
         inner=max((max(shape) for name, shape in linears.items() if "mlp" in name), default=4 * hidden),
         attention=max((shape[1] for name, shape in linears.items() if "self_attn.o_proj" in name), default=hidden),
-        vocabulary=max((shape[0] for name, shape in model.items() if EMBEDDING.search(name)), default=0),
+        vocabulary=max((shape[0] for shape in tables), default=0),
         is_tied=not any(OUTPUT.search(name) for name in model),
         tensors=tuple(math.prod(shape) for shape in model.values()),
         linears=linears,

@@ -24,6 +24,9 @@ _TOTAL = re.compile(r"training on (\d{1,18}) examples in all$")
 _RESOLVED = re.compile(r"resolved (?P<what>model|dataset) (?P<name>.+) to revision (?P<commit>[0-9a-f]{40})")
 
 
+_LONGEST = 20_000
+"""Characters of a line: in a longer one, which is none of train.py's, the searches could take hours."""
+
 _JSON = json.JSONDecoder()
 _ATTEMPT = "=== ambersafe: attempt "
 _ATTEMPT_LINE = re.compile(rf"{_ATTEMPT}(\d{{1,9}})$")
@@ -86,6 +89,8 @@ Found = Record | Total | Unreadable | Commit
 
 def parse_line(line: str) -> Found | None:
     """Read one line; None for every line that has nothing to say here."""
+    if len(line) > _LONGEST:
+        return Unreadable(line) if _ALMOST.search(line) else None
     if " after " not in line:  # most lines: the searches cost more
         if match := _TOTAL.search(line):
             return Total(int(match[1]))
@@ -124,7 +129,9 @@ def _values(text: str) -> Mapping[str, float]:
                 return {key: float(value) for key, value in found.items()}
         except (ValueError, TypeError, RecursionError):
             pass
-    return {str(key): float(value) for key, value in ast.literal_eval(text).items()}
+    values = {str(key): float(value) for key, value in ast.literal_eval(text).items()}
+    "".join(values).encode()  # fails for half a character, which no file can hold
+    return values
 
 
 def begin_attempt(log: Path, number: int) -> None:

@@ -234,7 +234,7 @@ def _read(run: runs.Run, file: str, command: str, parse: Callable[[Any], _T], pr
         problems.append(f"There is no {file} of {run.folder.name} yet: {how}")
     except OSError as error:
         problems.append(f"Cannot read {path}: {error.strerror}")
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
         problems.append(f"{path} is damaged, or of another version of ambersafe: {how}")
     return None
 
