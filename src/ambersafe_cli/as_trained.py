@@ -1,6 +1,7 @@
 """What weights are used with after training, as training had it: its settings, its clone of upstream, its rows."""
 
 import os
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -8,7 +9,9 @@ from typing import Any
 
 from ambersafe_cli import by_hand, checkpoints, display, environment, hub, integrity, models, recorded, runs, upstream
 from ambersafe_cli import recipe as recipes
-from ambersafe_cli.errors import CloneError, HubError, TrainingEnvironmentError, UsageError
+from ambersafe_cli.errors import CloneError, HubError, RunFolderError, TrainingEnvironmentError, UsageError
+from ambersafe_cli.overrides import LARGEST
+from ambersafe_cli.templates import TEMPLATES
 
 # Where a run's config says nothing: upstream's own config, of which a bare model needs no more than this.
 _UPSTREAMS: Mapping[str, Any] = {
@@ -59,12 +62,30 @@ def config(run: runs.Run | None, template: str | None = None) -> dict[str, Any]:
         found |= recorded_values | written
     if template is not None:
         found["template"] = None if template == "none" else template
+    for key, value in found.items():
+        if run and not _is_usable(key, value):
+            raise RunFolderError(
+                f"{run.folder}: its {key} is {reprlib.repr(value)}, which no run can have.",
+                "Its config.yaml, which train.py wrote, or its run.json says so: put back what was there.",
+            )
     if found["max_length"] <= found["max_prompt_length"]:
         raise UsageError(
             f"max_length is {found['max_length']}, and max_prompt_length {found['max_prompt_length']} of it: "
             "no room is left for a response."
         )
     return found
+
+
+def _is_usable(key: str, value: object) -> bool:
+    """Whether a setting has the type of upstream's own; of what is null there a plain one."""
+    own = _UPSTREAMS[key]
+    if key == "template":
+        return value in (None, *TEMPLATES)
+    if own is None:
+        numbers = {"loss.beta": int | float | None, "lora_rank": int | None}
+        return isinstance(value, numbers.get(key, str | None))
+    is_small = type(own) is not int or (isinstance(value, int) and 1 <= value <= LARGEST)
+    return type(value) is type(own) and is_small
 
 
 def tokenizing(config: Mapping[str, Any]) -> dict[str, Any]:

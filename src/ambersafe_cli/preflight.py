@@ -11,13 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
-
-from ambersafe_cli import adapter_findings, checkpoints, data_findings, hub, integrity, models
+from ambersafe_cli import adapter_findings, checkpoints, clone_config, data_findings, hub, integrity, models
 from ambersafe_cli.environment import INSTALL_HINT
-from ambersafe_cli.errors import ArchiveError, CloneError
+from ambersafe_cli.errors import ArchiveError
 from ambersafe_cli.findings import Finding
-from ambersafe_cli.overrides import Value, read_yaml
 from ambersafe_cli.plans import Plan, in_gigabytes, make_plan
 from ambersafe_cli.speed_findings import of_speed
 from ambersafe_cli.value_findings import of_values
@@ -62,7 +59,7 @@ class Subject:
 
 def check(subject: Subject) -> Report:
     """Look at everything, and return what was found. Raises CloneError if upstream's config cannot be read."""
-    config = effective_config(subject)
+    config = clone_config.effective(subject.clone.folder, subject.stage)
     findings = [*_of_clone(subject), *_of_environment(subject), *_of_keys(subject)]
     findings += of_values(subject.stage.name, config)
     if any(finding.level == "error" for finding in findings):
@@ -83,7 +80,7 @@ def check(subject: Subject) -> Report:
         findings.append(Finding("error", error.message, error.hint))
     try:
         findings += _of_block(subject.stage, model, config)
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         findings.append(Finding("error", f"Cannot read {model}/config.json: {error}", "Download the model again."))
     plan, data = None, None
     can_look = not hub.offline_by() or not any(lacking[source] for source in sources[1:])
@@ -94,31 +91,6 @@ def check(subject: Subject) -> Report:
             plan = make_plan(subject.stage.name, subject.processes, subject.run_folder, config, data, shapes)
             findings += [*_of_disk(plan), *_of_learning_rate(config, plan)]
     return Report(tuple(findings), plan, data)
-
-
-def effective_config(subject: Subject) -> dict[str, Any]:
-    """Upstream's own config of the clone, with what the stage sets over it; keys with dots, as recipes have them."""
-    config = _upstreams_config(subject) | dict(subject.stage.values)
-    config |= {override.key: override.value for override in subject.stage.overrides}
-    return config
-
-
-def _upstreams_config(subject: Subject) -> dict[str, Any]:
-    folder = subject.clone.folder / "config"
-    config: dict[str, Any] = dict(_read_mapping(folder / "config.yaml"))
-    for group in ("model", "loss"):
-        name = subject.stage.get(group)
-        values = _read_mapping(folder / group / f"{name}.yaml") if name else {}
-        config |= {f"{group}.{key}": value for key, value in values.items()}
-    return config
-
-
-def _read_mapping(path: Path) -> Mapping[str, Value]:
-    try:
-        document = read_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise CloneError(f"Cannot read upstream's config {path}: {error}", "`ambersafe setup` mends it.") from error
-    return document if isinstance(document, dict) else {}
 
 
 def _of_clone(subject: Subject) -> Iterator[Finding]:
@@ -151,7 +123,7 @@ def _of_environment(subject: Subject) -> Iterator[Finding]:
 
 def _of_keys(subject: Subject) -> Iterator[Finding]:
     """A key that upstream's config does not have: Hydra refuses it, once the run's folder is made."""
-    config = _upstreams_config(subject)
+    config = clone_config.of_clone(subject.clone.folder, subject.stage)
     known = {key for key in config if key != "defaults"} | {"model", "loss"}
     known |= {f"{key}.{inner}" for key, value in config.items() if isinstance(value, dict) for inner in value}
     for override in subject.stage.overrides:

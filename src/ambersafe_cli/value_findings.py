@@ -1,10 +1,12 @@
 """What preflight says of values that no run can have, whatever the others are: train.py would fail, or do nothing."""
 
 import math
+import reprlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ambersafe_cli.findings import Finding
+from ambersafe_cli.overrides import LARGEST
 
 METRICS = {
     "sft": ("loss/eval", "logps_eval/chosen"),
@@ -20,22 +22,27 @@ def of_values(stage: str, config: Mapping[str, Any]) -> Iterator[Finding]:
     """Findings of a stage (sft or dpo), by its config as train.py will see it: each value by itself."""
     counts = ["batch_size", "gradient_accumulation_steps", "eval_batch_size", "eval_every", "max_length"]
     may_be_null = ("n_epochs", "n_examples", "save_every_examples", "keep_checkpoints")
-    counts += ["max_prompt_length", *(key for key in may_be_null if config.get(key) is not None)]
+    counts += ["max_prompt_length", "n_eval_examples", *(key for key in may_be_null if config.get(key) is not None)]
     for key in counts:
         value = config[key]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            yield Finding("error", f"{key} must be a whole number from 1 on, it is {value!r}.", f"Change {key}.")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST:
+            said = reprlib.repr(value)
+            yield Finding("error", f"{key} must be a whole number from 1 on, it is {said}.", f"Change {key}.")
     for key, allows_zero in (
         ("warmup_steps", True),
         ("lr", False),
         ("max_grad_norm", False),
         ("save_every_minutes", False),
     ):
-        value = config.get(key)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if value is not None and not (is_number and (value > 0 or (allows_zero and value == 0))):
+        number = config.get(key)
+        is_number = isinstance(number, int | float) and not isinstance(number, bool) and abs(number) < math.inf
+        if number is None and key == "save_every_minutes":
+            continue
+        if number is None or not is_number or number < 0 or (number == 0 and not allows_zero):
             least = "0 or more" if allows_zero else "above 0"
-            yield Finding("error", f"{key} must be a number, {least}, it is {value!r}.", f"Change {key}.")
+            yield Finding("error", f"{key} must be a number, {least}, it is {number!r}.", f"Change {key}.")
+    if not isinstance(config["wandb"], dict):
+        yield Finding("error", "wandb is a group of settings, it cannot be set itself.", "Set wandb.enabled=false.")
     if (best := config.get("keep_best")) is not None and best not in METRICS[stage]:
         named = f"{', '.join(METRICS[stage])}"
         yield Finding("error", f"No evaluation of {stage.upper()} has the metric {best}.", f"keep_best takes {named}.")
