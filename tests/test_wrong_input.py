@@ -1,16 +1,20 @@
 """Input that is wrong in ways nobody thinks of: names that mean something to others, rows of another type."""
 
+import contextlib
 import csv
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import made_runs
 import pytest
+import yaml
 from conftest import Ambersafe
 
-from ambersafe_cli import data, recipe
-from ambersafe_cli.errors import DataError
+from ambersafe_cli import cli, clone_config, data, recipe, runs
+from ambersafe_cli.errors import AmberSafeError, CloneError, DataError, RunFolderError
 
 Row = dict[str, Any]
 
@@ -173,3 +177,132 @@ def test_a_row_that_is_no_json_or_no_object_is_named(tmp_path: Path) -> None:
         path.write_text(path.read_text() + line + "\n")
         with pytest.raises(DataError, match=rf"rows\.jsonl, row 41 {said}"):
             data.summarize(str(path), None)
+
+
+# --- files of a run ---
+
+COMMANDS = (
+    "show run", "show run --json", "watch run --plain", "watch run", "plot run", "report run", "resume run", "stop run",
+    "reproduce run", "evaluate run", "sample run", "export run",
+)  # fmt: skip
+
+
+def error_of(*words: object) -> AmberSafeError | None:
+    """What a command ends with that is wrong, run in this process; no other exception may come out of it."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            cli.app([str(word) for word in words], prog_name="ambersafe", standalone_mode=False)
+        except AmberSafeError as error:
+            assert type(error) is not AmberSafeError, error
+            return error
+    return None
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A DPO run with metrics in a working folder, which is that of this process."""
+    monkeypatch.chdir(tmp_path)
+    return made_runs.recorded(runs.folder_of_runs() / "run", "dpo", made_runs.records("dpo", 8))
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"stage": "kto"}, "stage"), ({"stage": "../sft"}, "stage"), ({"stage": ["sft"]}, "stage"),
+        ({"slurm": [1]}, "slurm"), ({"slurm": 3}, "slurm"), ({"slurm": {"job_id": "7"}}, "slurm"),
+        ({"slurm": {"job_id": ["7"], "nodes": 1, "processes": 1}}, "slurm.job_id"),
+        ({"machines": {"more": 1}}, "machines"), ({"machines": {"count": "2"}}, "machines"),
+        ({"machines": [1]}, "machines"), ({"processes": "two"}, "processes"), ({"processes": 0}, "processes"),
+        ({"archive": {"a": 1}}, "archive"), ({"archive": "\0"}, "archive"), ({"values": {"lr": {"a": 1}}}, "values"),
+        ({"overrides": [{"a": 1}]}, "overrides"), ({"attempts": [{"host": {}}]}, "attempts"),
+        ({"last_metrics": {"loss/eval": "low"}}, "last_metrics"), ({"planned_examples": -1}, "planned_examples"),
+        ({"data": {"name": {"a": 1}}}, "data.name"), ({"data": {"counts": {"train": None}}}, "data.counts"),
+    ],
+)  # fmt: skip
+def test_a_record_of_another_shape_is_an_error_that_names_file_and_key(
+    run: Path, change: dict[str, Any], key: str
+) -> None:
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**record, **change}))
+    for command in COMMANDS:
+        error = error_of(*command.split())
+        assert isinstance(error, RunFolderError), command
+        assert f"{run / 'run.json'} has a {key!r} that is " in error.message
+        assert error.hint
+    assert error_of("runs") is None, "the others are still listed"
+
+
+def test_a_number_without_end_in_a_record_is_said(run: Path) -> None:
+    record = (run / "run.json").read_text()
+    (run / "run.json").write_text(record.replace("{", f'{{"planned_examples": 1{"0" * 400}, ', 1))
+    for command in COMMANDS:
+        error = error_of(*command.split())
+        assert isinstance(error, RunFolderError)
+        assert "a number of 401 digits" in error.message
+
+
+@pytest.mark.parametrize("command", ["show run", "plot run", "plot run --tensorboard", "report run"])
+@pytest.mark.parametrize("line", [
+    '{"kind": "train", "time": 1e300, "attempt": 1, "examples": 16, "loss/train": 1}',
+    '{"kind": "train", "time": 1.7e9, "attempt": 1, "examples": 1%s, "loss/train": 1}' % ("0" * 400),
+    '{"kind": "train", "time": 1.7e9, "attempt": 1, "examples": 16, "\\ud800": 1}',
+])  # fmt: skip
+def test_metrics_of_no_run_are_left_away(run: Path, command: str, line: str) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(line + "\n")
+    assert error_of(*command.split()) is None
+
+
+@pytest.mark.parametrize("command", ["evaluate run", "sample run --prompts prompts.txt"])
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [("max_length: [1]", "max_length"), ("max_prompt_length: 0", "max_prompt_length"), ("datasets: 3", "datasets")]
+    + [("trainer: [a]", "trainer"), ("template: alpaca", "template"), ("keep_eos: 3", "keep_eos")],
+)
+def test_a_setting_that_no_run_can_have_is_named(run: Path, command: str, config: str, key: str) -> None:
+    Path("prompts.txt").write_text("Hello\n")
+    (run / "config.yaml").write_text(config)
+    (run / "LATEST").mkdir()
+    (run / "LATEST" / "policy.pt").touch()
+    error = error_of(*command.split())
+    assert isinstance(error, RunFolderError)
+    assert f"{run}: its {key} is " in error.message
+
+
+def test_a_date_in_a_config_is_a_text_as_it_is_for_hydra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = made_runs.by_hand(runs.folder_of_runs() / "run", "sft")
+    (folder / "config.yaml").write_text("exp_name: 2026-01-01\nloss: {name: sft}\nmodel: {name_or_path: some/model}")
+    assert error_of("show", folder, "--json") is None
+
+
+# --- upstream's config in the clone ---
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("- a\n", "is no mapping of keys"), ("a: [", "Cannot read upstream's config"), ("lr: 1\n", "lacks batch_size"),
+        (b"\xff\xfe", "Cannot read upstream's config"), ("[" * 10_000, "Cannot read upstream's config"),
+        ("batch_size: {a: 1}\n", "batch_size must be a plain value"), ("lr: [[1]]\n", "lr must be a plain value"),
+        ("wandb: true\n", "wandb must be a mapping"), ("seed: &a {b: *a}\n", "an alias of a list or mapping"),
+    ],
+)  # fmt: skip
+def test_a_config_of_the_clone_that_is_not_upstreams_is_an_error(tmp_path: Path, text: str | bytes, said: str) -> None:
+    good = {**dict.fromkeys(clone_config.NEEDED, 1), "wandb": {"enabled": False}}
+    flags: dict[str, Any] = {"model.name_or_path": "m", "datasets": ["hh"]}
+    stage = recipe.resolve("sft", recipe.load("tiny"), recipe.Flags(flags), ())
+    for group in ("model", "loss"):
+        (tmp_path / "config" / group).mkdir(parents=True)
+        (tmp_path / "config" / group / f"{stage.get(group)}.yaml").write_text("name: sft\n")
+    path = tmp_path / "config" / "config.yaml"
+    path.write_text(yaml.safe_dump(good))
+    assert clone_config.of_clone(tmp_path, stage)["model.name"] == "sft"
+    key = text.partition(":")[0] if isinstance(text, str) else ""
+    rest = yaml.safe_dump({name: value for name, value in good.items() if name != key}) if key in good else ""
+    path.write_bytes(text if isinstance(text, bytes) else ("" if "lacks" in said else rest).encode() + text.encode())
+    with pytest.raises(CloneError) as caught:
+        clone_config.of_clone(tmp_path, stage)
+    assert str(path) in caught.value.message
+    assert said in caught.value.message
+    assert "ambersafe setup" in caught.value.hint

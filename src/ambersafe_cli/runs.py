@@ -94,7 +94,7 @@ def read(folder: Path) -> Record | None:
     """
     path = folder / "run.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = records.parse(path.read_text(encoding="utf-8"))
         wrong = records.problem(record)
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -251,7 +251,7 @@ def best_checkpoint(folder: Path, metric: str) -> tuple[Path, float] | None:
     """Of a run's checkpoints, LATEST among them, the one whose evaluation was best by a metric, and that; or None."""
     values = {}
     for path in (folder / "LATEST", *steps(folder)):
-        with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
+        with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError, OverflowError):
             value = json.loads((path / "metrics.json").read_text(encoding="utf-8")).get(metric)
             if isinstance(value, int | float) and math.isfinite(value):
                 values[path] = float(value)
