@@ -21,8 +21,6 @@ import faults
 import pytest
 from conftest import commit, git, load, numbers, only_run, run_ambersafe
 from faults import generator, note, tries
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from test_real_upstream import TINY, model, rows  # noqa: F401, fixtures
 from test_resume import start
 from test_upstream import (  # noqa: F401, fixtures
@@ -46,9 +44,6 @@ from ambersafe_cli import (
     launch,
     records,
     recovery,
-    resuming,
-    runs,
-    show,
     upstream,
 )
 
@@ -522,62 +517,6 @@ def records_problem(written: bytes) -> str | None:
         return records.problem(json.loads(written))
     except (ValueError, RecursionError) as error:
         return str(error)
-
-
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda each: st.lists(each, max_size=3) | st.dictionaries(st.text(max_size=5), each, max_size=3),
-    max_leaves=6,
-)
-RECORD: dict[str, Any] = {
-    "schema": 1,
-    "stage": "sft",
-    "status": "failed",
-    "started": "2026-11-23T00:00:00+00:00",
-    "attempts": [{"started": "2026-11-23T00:00:00+00:00"}],
-    "command": ["python", "train.py"],
-    "environment": {"A": "b"},
-    "next_command": ["ambersafe", "dpo"],
-    "model": {"name": "m", "revision": None, "commit": None},
-    "data": {"name": "d", "revision": None, "commit": None},
-    "upstream": {"folder": "/nowhere", "head": "a" * 40, "edited": [], "can_resume": True},
-}
-PLACES = [(key,) for key in RECORD] + [(key, inner) for key in ("model", "upstream") for inner in RECORD[key]]
-
-
-def with_value(place: tuple[str, ...], value: Any) -> dict[str, Any]:
-    inner = {**RECORD[place[0]], place[1]: value} if len(place) == 2 else value
-    return {**RECORD, place[0]: inner}
-
-
-@settings(
-    max_examples=1000 if faults.ALL else 150,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(VALUES | st.builds(with_value, st.sampled_from(PLACES), VALUES))
-def test_no_json_in_run_json_is_more_than_its_readers_can_take(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: Any
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    run = runs.folder_of_runs() / "run"
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "run.json").write_text(json.dumps(value))
-    show.table(as_json=False)
-    show.table(as_json=True)
-    for reader in (
-        lambda: runs.newest_finished_sft("m", None),
-        lambda: resuming.resume(None, None, False, False, plain=False),
-        lambda: resuming.resume(str(run), None, False, False, plain=False),
-    ):
-        with pytest.raises(errors.AmberSafeError):
-            reader()
-    assert (run / "run.json").read_text() == json.dumps(value)
-
-
-def test_the_record_of_those_examples_is_one_that_is_read(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text(json.dumps(RECORD))
-    assert runs.read(tmp_path) == RECORD
 
 
 def test_a_train_log_that_is_damaged_stops_nothing(stopped_run: Path) -> None:

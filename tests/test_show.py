@@ -244,18 +244,3 @@ def test_no_record_that_can_be_read_is_fatal(record: dict[str, Any], other: dict
                 else:
                     with pytest.raises(RunFolderError):
                         show.run("run", as_json)
-
-
-@settings(deadline=None)
-@given(st.binary() | any_json.map(lambda value: json.dumps(value).encode()))
-def test_a_file_that_is_no_record_is_an_error(content: bytes) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "run.json").write_bytes(content)
-        with pytest.raises(RunFolderError):
-            runs.read(Path(folder))
-
-
-def test_a_record_that_is_nested_without_end_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text('{"schema": 1, "stage": ' + "[" * 100_000)
-    with pytest.raises(RunFolderError):
-        runs.read(tmp_path)
