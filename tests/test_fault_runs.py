@@ -238,6 +238,36 @@ def test_restarts_take_the_newest_checkpoint_that_is_whole(
     assert child.poll() is None
 
 
+def test_an_adapter_that_is_damaged_is_seen_as_well(patched: Path, model: Path, tmp_path: Path) -> None:  # noqa: F811
+    """By what starts again from the newest checkpoint: of LoRA's the policy.pt holds nothing but a digest."""
+    found = ask(
+        patched,
+        model,
+        f"""
+import hashlib, os
+folder = {str(tmp_path)!r}
+def write(name, data):
+    with open(os.path.join(folder, name), "wb") as f:
+        f.write(data)
+write("adapter_model.safetensors", b"weights")
+sha256 = {{"adapter_model.safetensors": hashlib.sha256(b"weights").hexdigest()}}
+torch.save({{"step_idx": 1, "state": {{}}, "metrics": {{}}, "adapter": {{"sha256": sha256}}}}, folder + "/policy.pt")
+for name in ("optimizer.pt", "scheduler.pt"):
+    torch.save({{"step_idx": 1}}, os.path.join(folder, name))
+found = [utils.find_damage(folder)]
+write("adapter_model.safetensors", b"weighty")
+found.append(utils.find_damage(folder))
+os.remove(folder + "/adapter_model.safetensors")
+found.append(utils.find_damage(folder))
+print()
+print(json.dumps(found))
+""",
+    )
+    assert found[0] is None
+    assert found[1] == "adapter_model.safetensors is not the one that was saved with it"
+    assert "No such file" in found[2]
+
+
 def is_worker(command: str) -> bool:
     return "train.py" in command and "torch.distributed.run" not in command and "ambersafe_cli" not in command
 

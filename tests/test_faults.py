@@ -3,6 +3,7 @@
 A quick part of it runs with the other tests, all of it with `scripts/test --faults`; see faults.py.
 """
 
+import errno
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -422,6 +424,24 @@ def test_a_checkpoint_that_is_damaged_is_passed_over_and_kept(three_checkpoints:
         # A flipped bit may be one that says nothing, such as that of a date.
         assert newest is None or load_or_none(newest) == load_or_none(three_checkpoints / newest.name), done
         assert all(f"step-{step}.damaged" in there for step in done if newest is None or step > int(newest.name[5:]))
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_disk_that_does_not_answer_makes_no_checkpoint_a_damaged_one(
+    number: int, three_checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(three_checkpoints, tmp_path / "run"))
+
+    class Bad(zipfile.ZipFile):
+        def open(self, *arguments: Any, **options: Any) -> Any:
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(zipfile, "ZipFile", Bad)
+    with pytest.raises(errors.RunFolderError, match=os.strerror(number)):
+        recovery.put_in_order(run)
+    with pytest.raises(errors.ArchiveError, match="cannot be read"):
+        integrity.require_whole(run / "step-3" / "policy.pt")
+    assert {path.name for path in run.iterdir()} == {"step-1", "step-2", "step-3"}
 
 
 def load_or_none(checkpoint: Path) -> str | None:

@@ -1,10 +1,12 @@
 """`sft` and `dpo` as a user runs them, with tests/fake_train.py in the place of upstream's train.py."""
 
+import contextlib
 import json
 import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -425,6 +427,32 @@ def test_a_signal_to_every_process_of_a_job_does_not_have_torchrun_kill_a_rank_t
     (run,) = runs_of(fake_clone)
     assert (run / "saved").is_file()
     assert not faults.left_over("slow", 5)
+
+
+@pytest.mark.slow
+def test_a_signal_ends_a_torchrun_that_waits_for_other_machines(fake_clone: Path, model: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    command = ["sft", "--no-preflight", "--model", str(model), "--nproc", "1", "--nnodes", "2", "--node-rank", "0"]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "ambersafe_cli", *command, "--rdzv-endpoint", endpoint],
+        cwd=fake_clone.parent,
+        env={**os.environ, **faults.marked_environment("alone")},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+    def is_torchrun_there() -> bool:
+        with contextlib.suppress(OSError):
+            socket.create_connection(tuple(endpoint.split(":")), timeout=1).close()  # type: ignore[arg-type]
+            return True
+        return False
+
+    assert faults.wait_until(is_torchrun_there, 60)
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(timeout=60) == 128 + signal.SIGTERM, "torchrun would wait for eleven minutes"
+    assert not faults.left_over("alone", 5)
 
 
 def test_a_process_that_is_killed_says_that_it_was_most_likely_the_memory(
