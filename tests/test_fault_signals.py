@@ -202,6 +202,30 @@ def test_ctrl_z_stops_the_training_as_well_and_fg_and_bg_have_it_go_on(
         terminal.close()
 
 
+def test_a_launcher_that_is_killed_while_it_is_stopped_leaves_nothing_that_the_next_attempt_does_not_end(
+    training: Training,
+) -> None:
+    terminal = in_shell(training, plain=True)
+    terminal.type("\x1a")
+    terminal.wait_for(lambda text: "Stopped" in text, 20)
+    terminal.type("kill -9 %1; sleep 1\n")
+    terminal.wait_for(lambda text: "Killed" in text, 20)
+    left = {pid for pid, command in faults.marked(training.work.name).items() if "train.py" in command}
+    child = subprocess.Popen(
+        training.command,
+        cwd=training.work,
+        env={**os.environ, **ENV, **faults.marked_environment(training.work.name)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    wait_until_it_trains(training)
+    assert faults.wait_until(lambda: not left & faults.marked(training.work.name).keys(), 60)
+    child.send_signal(signal.SIGINT)
+    assert child.wait(timeout=60) == 128 + signal.SIGINT
+    terminal.close()
+    note("launcher killed while stopped", orphans=faults.left_over(training.work.name, 5))
+
+
 def test_the_newest_checkpoint_of_a_run_that_saved_at_a_signal_is_that_of_its_last_step(
     training: Training,
 ) -> None:

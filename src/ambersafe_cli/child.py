@@ -75,6 +75,7 @@ def run(launch: Launch, log: Path, watcher: Watcher) -> Outcome:
     """
     mark = f"{launch.run_folder}:{os.getpid()}"
     environment = {**os.environ, **launch.environment, processes.MARK: mark}
+    processes.kill_stopped_orphans(launch.run_folder)
     try:
         log_file = log.open("ab", buffering=0)
     except OSError as error:

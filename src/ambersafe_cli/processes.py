@@ -33,9 +33,29 @@ def marked(mark: str) -> list[int]:
     return found
 
 
+def kill_stopped_orphans(folder: Path) -> None:
+    """Kill what an earlier attempt at a run has left on this machine, stopped by Ctrl-Z, and its launcher is gone: no
+    signal but this one reaches them, and they have a GPU's memory. Only for who has the run's lock."""
+    wanted = os.fsencode(f"{MARK}={folder}:")
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        pid = int(path.parent.name)
+        with contextlib.suppress(OSError):
+            marks = [each[len(wanted) :] for each in path.read_bytes().split(b"\0") if each.startswith(wanted)]
+            is_orphan = any(mark.isdigit() and not Path(f"/proc/{int(mark)}").exists() for mark in marks)
+            if is_orphan and (_stat(pid) or [""])[0] == "T":
+                os.kill(pid, signal.SIGKILL)
+
+
 def parent_of(pid: int) -> int | None:
+    """The process that started another one; None if that is gone."""
+    stat = _stat(pid)
+    return int(stat[1]) if stat else None
+
+
+def _stat(pid: int) -> list[str] | None:
+    """What Linux says of a process from its state on, see proc(5); None if it is gone."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
 
