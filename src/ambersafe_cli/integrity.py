@@ -164,11 +164,13 @@ def _require_sound_directory(file: BinaryIO, members: Sequence[zipfile.ZipInfo])
     # Members that share bytes could take any time to read.
     sound = sound and sum(m.compress_size for m in members) <= offset
     sound = sound and here == count == len({m.filename for m in members}) and offset + size == directory_end
-    file.seek(offset if sound else 0)
-    directory = file.read(size if sound else 0)
+    if not sound:
+        raise zipfile.BadZipFile("its directory contradicts itself")
+    file.seek(offset)
+    directory = file.read(size)
     walked = 0
     for _ in members:
         walked += _ENTRY_SIZE + sum(_LENGTHS.unpack_from(directory, walked + _LENGTHS_AT)) if walked < size else 0
     plain = all(m.compress_size == m.file_size and not (m.comment or m.volume or m.external_attr) for m in members)
-    if not (sound and plain and walked == size) or any(m.flag_bits & ~_FLAGS for m in members):
+    if not (plain and walked == size) or any(m.flag_bits & ~_FLAGS for m in members):
         raise zipfile.BadZipFile("its directory contradicts itself")
