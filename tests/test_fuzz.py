@@ -9,6 +9,7 @@ import json
 import math
 import struct
 import tempfile
+import tracemalloc
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from ambersafe_cli import (
     clone_config,
     curves,
     following,
+    hub,
     integrity,
     journal,
     memory,
@@ -500,6 +502,17 @@ def test_a_checkpoint_is_read_or_it_is_said_what_is_wrong(content: bytes) -> Non
             memory.shape_of(checkpoints.model_shapes(folder) or {})
 
 
+def test_a_checkpoint_that_says_it_is_large_takes_no_memory_for_that(tmp_path: Path) -> None:
+    """A pickle of five bytes, which puts one thing into the memo of number 2**24."""
+    (tmp_path / "policy.pt").write_bytes(with_pickle(b"\x80\x02}r\0\0\0\1."))
+    tracemalloc.start()
+    with pytest.raises(ArchiveError):
+        checkpoints.policy_shapes(tmp_path / "policy.pt")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20e6
+
+
 def test_a_checkpoint_whose_members_share_their_bytes_is_damaged(tmp_path: Path) -> None:
     """Of 1,000 members each holds all that follow: to read them takes a time that grows with the square of the size."""
     body = b""
@@ -517,7 +530,7 @@ def test_a_checkpoint_whose_members_share_their_bytes_is_damaged(tmp_path: Path)
     (tmp_path / "policy.pt").write_bytes(body + entries + end)
     with zipfile.ZipFile(tmp_path / "policy.pt") as archive:
         assert archive.testzip() is None, "nothing else is wrong with it"
-    assert integrity.damage(tmp_path / "policy.pt")
+    assert "contradicts itself" in str(integrity.damage(tmp_path / "policy.pt"))
 
 
 HEADER = {
@@ -569,6 +582,7 @@ def test_an_index_of_weights_is_read_or_it_is_said_what_is_wrong(content: bytes)
     with quiet() as folder:
         path = folder / "model.safetensors.index.json"
         path.write_bytes(content)
+        assert isinstance(hub.lacking_weights(folder), list)
         try:
             checkpoints.model_shapes(folder)
         except ArchiveError as error:

@@ -390,7 +390,8 @@ def test_a_key_that_upstream_has_not_is_an_error_and_the_one_that_is_meant_is_na
     [
         "save_every_examples=0", "keep_checkpoints=0", "keep_checkpoints=-1", "warmup_steps=-1", "warmup_steps=x",
         "max_grad_norm=-1", "max_grad_norm=0", "lr=-1", "lr=0", "save_every_minutes=0", "keep_best=lossx",
-        "keep_best=rewards_eval/margins",
+        "keep_best=rewards_eval/margins", "warmup_steps=null", "max_grad_norm=null", "lr=null", "n_eval_examples=0",
+        "n_eval_examples=many", "wandb=null", "wandb=true", "batch_size=99999999999999999999",
     ],
 )  # fmt: skip
 def test_a_value_that_no_run_can_have_is_said_before_it_starts(check: Check, tmp_path: Path, wrong: str) -> None:
