@@ -32,6 +32,7 @@ _FLAGS = (
     "--disable-sync",
     "--disable-default-apps",
     "--disable-extensions",
+    "--disable-features=PreconnectToSearch",
     "--hide-scrollbars",
     "--enable-logging=stderr",
     "--virtual-time-budget=10000",  # until what a page does at its beginning is done

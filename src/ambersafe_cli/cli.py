@@ -49,7 +49,7 @@ class Dtype(enum.StrEnum):
     float16 = "float16"
 
 
-_PATH: dict[str, Any] = {"parser": expand, "metavar": "PATH"}
+_PATH: dict[str, Any] = {"parser": expand, "metavar": "<path>"}
 
 Clone = Annotated[
     Path, typer.Option("--dir", envvar="AMBERSAFE_UPSTREAM_DIR", help="The folder of the clone of upstream.", **_PATH)
