@@ -423,6 +423,7 @@ def test_a_signal_to_every_process_of_a_job_does_not_have_torchrun_kill_a_rank_t
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGTERM):
         for pid in faults.marked("slow"):
             faults.kill(pid, number)
+        time.sleep(0.3)  # of two that wait at once Python hears the one with the smaller number first
     assert child.wait(timeout=80) == 128 + signal.SIGTERM
     (run,) = runs_of(fake_clone)
     assert (run / "saved").is_file()
