@@ -55,7 +55,12 @@ Clone = Annotated[
     Path, typer.Option("--dir", envvar="AMBERSAFE_UPSTREAM_DIR", help="The folder of the clone of upstream.", **_PATH)
 ]
 Repo = Annotated[str | None, typer.Option(help="Another URL, or a local path, to clone upstream from.")]
-Python = Annotated[str, typer.Option(help="The interpreter that runs train.py.", show_default="this one")]
+Python = Annotated[
+    str, typer.Option(envvar="AMBERSAFE_PYTHON", help="The interpreter that runs train.py.", show_default="this one")
+]
+OtherPython = Annotated[
+    str | None, typer.Option("--python", envvar="AMBERSAFE_PYTHON", help="Another interpreter to run train.py.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="A recipe's name, or the path of a YAML file.")]
 Model = Annotated[str | None, typer.Option(help="The model to train: a name on the hub, or a folder.")]
@@ -423,7 +428,7 @@ def resume(
     node_rank: NodeRank = None,
     rdzv_endpoint: Rendezvous = None,
     max_restarts: Annotated[int | None, typer.Option(min=0, help="As in sft.", show_default="as before")] = None,
-    python: Annotated[str | None, typer.Option(help="Another interpreter to run train.py.")] = None,
+    python: OtherPython = None,
     allow_modified: AllowChanged = False,
     detach: Detach = False,
     plain: Plain = False,
@@ -459,7 +464,7 @@ def stop(
 @app.command()
 def reproduce(
     run: Annotated[str, typer.Argument(help=_RUN)],
-    python: Annotated[str | None, typer.Option(help="Another interpreter to run train.py.")] = None,
+    python: OtherPython = None,
     allow_modified: AllowChanged = False,
     plain: Plain = False,
     dry_run: DryRun = False,
@@ -624,7 +629,10 @@ def export(
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="If there is none, make it a private one.")] = False,
     python: Annotated[
-        str | None, typer.Option(help="The interpreter to read the checkpoint with.", show_default="the run's")
+        str | None,
+        typer.Option(
+            envvar="AMBERSAFE_PYTHON", help="The interpreter to read the checkpoint with.", show_default="the run's"
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
