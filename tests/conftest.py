@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import browser
 import faults
 import pytest
+import warm
 
 from ambersafe_cli import metrics, patches, upstream
 
@@ -32,6 +34,14 @@ def surroundings_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf_home"))
     for variable in ("AMBERSAFE_UPSTREAM_DIR", "SAFERLHF_DATASET", "SAFERLHF_REVISION", "CUDA_VISIBLE_DEVICES"):
         os.environ.pop(variable, None)
+    os.environ["AMBERSAFE_PYTHON"] = str(warm.make(tmp_path_factory.mktemp("warm") / "bin", os.getpid()))
+
+
+@pytest.fixture(autouse=True)
+def real_interpreter_where_it_matters(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that is marked cold, or is of such a module, starts a Python for everything; see warm.py."""
+    if request.node.get_closest_marker("cold"):
+        monkeypatch.delenv("AMBERSAFE_PYTHON")
 
 
 @pytest.fixture
@@ -50,6 +60,27 @@ def run_ambersafe(
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, timeout=timeout)
     # Not text=True, which would make a line feed of every carriage return.
     return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def interpreter() -> str:
+    """What trains: an interpreter that has the imports behind it, or in a cold test the one that runs the tests."""
+    return os.environ.get("AMBERSAFE_PYTHON", sys.executable)
+
+
+def run_python(script: Path, *arguments: object, env: dict[str, str] | None = None) -> str:
+    """Run a script as training is run, and return what it printed."""
+    command = [interpreter(), str(script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def run_code(code: str, env: dict[str, str] | None = None) -> str:
+    """Run code as training is run, and return what it printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "code.py"
+        script.write_text(code)
+        return run_python(script, env=env)
 
 
 def git(folder: Path, *arguments: str) -> str:

@@ -16,6 +16,8 @@ from conftest import ROOT
 
 from ambersafe_cli import saferlhf
 
+pytestmark = pytest.mark.cold
+
 LINES = (
     Line(2.0, "building reference model"),
     Line(2.5, "Creating trainer on process 0 with world size 1"),

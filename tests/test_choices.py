@@ -1,17 +1,14 @@
 """The patches that change numbers, each behind its key: what they do, on the code of the real upstream."""
 
 import json
-import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import only_run, records_of, run_ambersafe
+from conftest import only_run, records_of, run_ambersafe, run_code
 from test_real_upstream import TINY, metric_lines, model, rows  # noqa: F401, fixtures
 
 from ambersafe_cli import plans, recipe
@@ -36,10 +33,7 @@ def batches(**options):
         yield list(zip(batch["prompt"], batch["chosen_response_only"]))
 {code}
 """
-    environment = {**os.environ, "SAFERLHF_DATASET": str(data)}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(run_code(script, env={"SAFERLHF_DATASET": str(data)}).splitlines()[-1])
 
 
 def write(folder: Path, number: int, pairs_of_a_prompt: int = 1, **values: Any) -> Path:

@@ -10,6 +10,8 @@ from conftest import Ambersafe, make_repository
 
 from ambersafe_cli import __version__
 
+pytestmark = pytest.mark.cold
+
 COMMANDS = (
     "setup", "sft", "dpo", "resume", "watch", "stop", "runs", "show", "plot", "report", "reproduce", "evaluate",
     "sample", "export", "data", "prefetch", "status", "recipes", "demo",

@@ -24,7 +24,7 @@ from test_real_upstream import TINY, model, rows  # noqa: F401, fixtures
 
 from ambersafe_cli import recovery, runs
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.cold]
 
 # Training ends by what the test does alone; it saves now and then, so that some of it comes in a save.
 ENDLESS = (
@@ -102,6 +102,18 @@ def in_shell(training: Training, plain: bool) -> Terminal:
     return terminal
 
 
+def in_background(training: Training) -> "subprocess.Popen[bytes]":
+    """The training, in a session of its own and without a terminal."""
+    return subprocess.Popen(
+        training.command,
+        cwd=training.work,
+        env={**os.environ, **ENV, **faults.marked_environment(training.work.name)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
 def wait_until_it_trains(training: Training, terminal: Terminal | None = None, beyond: int = 0) -> None:
     def trains() -> bool:
         if terminal:
@@ -145,14 +157,7 @@ def test_a_sigterm_to_every_process_of_a_job_leaves_a_whole_checkpoint(
     rng = generator(fault)
     mark = training.work.name
     for _ in range(tries(fault)):
-        child = subprocess.Popen(
-            training.command,
-            cwd=training.work,
-            env={**os.environ, **ENV, **faults.marked_environment(mark)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        child = in_background(training)
         wait_until_it_trains(training)
         a_while(rng)
         trained = training.examples()
@@ -189,11 +194,11 @@ def test_ctrl_z_stops_the_training_as_well_and_fg_and_bg_have_it_go_on(
         trained = training.examples()
         time.sleep(1)
         assert training.examples() == trained
-        in_background = number % 3 == 2
-        terminal.type("bg\n" if in_background else "fg\n")
+        with_bg = number % 3 == 2
+        terminal.type("bg\n" if with_bg else "fg\n")
         wait_until_it_trains(training, terminal, trained)
         trained = training.examples()
-        terminal.type("kill -INT %1\n" if in_background else "\x03")
+        terminal.type("kill -INT %1\n" if with_bg else "\x03")
         deadline = time.monotonic() + 60
         while states(mark):
             assert time.monotonic() < deadline, terminal.text()
@@ -205,38 +210,28 @@ def test_ctrl_z_stops_the_training_as_well_and_fg_and_bg_have_it_go_on(
 def test_a_launcher_that_is_killed_while_it_is_stopped_leaves_nothing_that_the_next_attempt_does_not_end(
     training: Training,
 ) -> None:
-    terminal = in_shell(training, plain=True)
-    terminal.type("\x1a")
-    terminal.wait_for(lambda text: "Stopped" in text, 20)
-    terminal.type("kill -9 %1; sleep 1\n")
-    terminal.wait_for(lambda text: "Killed" in text, 20)
-    left = {pid for pid, command in faults.marked(training.work.name).items() if "train.py" in command}
-    child = subprocess.Popen(
-        training.command,
-        cwd=training.work,
-        env={**os.environ, **ENV, **faults.marked_environment(training.work.name)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    wait_until_it_trains(training)
-    assert faults.wait_until(lambda: not left & faults.marked(training.work.name).keys(), 60)
-    child.send_signal(signal.SIGINT)
-    assert child.wait(timeout=60) == 128 + signal.SIGINT
-    terminal.close()
-    note("launcher killed while stopped", orphans=faults.left_over(training.work.name, 5))
+    fault = "launcher killed while stopped"
+    for _ in range(tries(fault)):
+        terminal = in_shell(training, plain=True)
+        terminal.type("\x1a")
+        terminal.wait_for(lambda text: "Stopped" in text, 20)
+        terminal.type("kill -9 %1; sleep 1\n")
+        terminal.wait_for(lambda text: "Killed" in text, 20)
+        left = {pid for pid, command in faults.marked(training.work.name).items() if "train.py" in command}
+        child = in_background(training)
+        wait_until_it_trains(training)
+        assert faults.wait_until(lambda left=left: not left & faults.marked(training.work.name).keys(), 60)  # type: ignore[misc]
+        child.send_signal(signal.SIGINT)
+        assert child.wait(timeout=60) == 128 + signal.SIGINT
+        terminal.close()
+        note(fault, orphans=faults.left_over(training.work.name, 5))
 
 
 def test_the_newest_checkpoint_of_a_run_that_saved_at_a_signal_is_that_of_its_last_step(
     training: Training,
 ) -> None:
     """What `lost` goes by: a check of the check."""
-    child = subprocess.Popen(
-        training.command,
-        cwd=training.work,
-        env={**os.environ, **ENV, **faults.marked_environment(training.work.name)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    child = in_background(training)
     wait_until_it_trains(training)
     faults.kill_marked(training.work.name)
     child.wait()

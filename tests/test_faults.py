@@ -49,7 +49,7 @@ from ambersafe_cli import (
     upstream,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.cold]
 
 # --- a real training is killed ---
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import load, numbers, only_run, run_ambersafe
+from conftest import interpreter, load, numbers, only_run, run_ambersafe
 from test_lora import given, train, weights  # noqa: F401, fixture
 from test_real_upstream import TINY, mend, model, rows  # noqa: F401, fixtures
 from test_speed import ask
@@ -23,7 +23,7 @@ SETTINGS = ("model=blank_model", "datasets=[saferlhf]", "wandb.enabled=false", *
 def by_hand(clone: Path, work: Path, model: Path, rows: Path, *overrides: str) -> subprocess.CompletedProcess[str]:  # noqa: F811
     """train.py as somebody types it, who knows nothing of the launcher and its checks."""
     (work / "run").mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(clone / "train.py"), *SETTINGS, f"model.name_or_path={model}", *overrides]
+    command = [interpreter(), str(clone / "train.py"), *SETTINGS, f"model.name_or_path={model}", *overrides]
     command += ["exp_name=by_hand", f"local_run_dir={work / 'run'}", f"hydra.run.dir={work / 'run/hydra'}"]
     environment = {**os.environ, "SAFERLHF_DATASET": str(rows)}
     return subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)

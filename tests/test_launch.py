@@ -20,6 +20,8 @@ from conftest import Ambersafe, commit, git, make_repository
 from ambersafe_cli import machines, patches, upstream
 from ambersafe_cli.child import ONE_EVENT
 
+pytestmark = pytest.mark.cold
+
 AWKWARD = "a b=c, 'd' \"e\" {f} [g] é:漢"
 
 

@@ -4,14 +4,12 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import load, numbers, only_run, records_of, run_ambersafe
+from conftest import load, numbers, only_run, records_of, run_ambersafe, run_python
 from test_machines import assert_equal_to_four_digits
 from test_real_upstream import TINY, model, rows  # noqa: F401, fixtures
 from test_resume import SETTINGS, kill_with_everything_it_started, start, wait_for_step
@@ -102,7 +100,7 @@ def test_at_a_rank_as_large_as_the_layer_lora_reaches_the_loss_of_full_fine_tuni
 ) -> None:
     data, model = markov_rows(tmp_path / "rows", 4000), tmp_path / "model"  # noqa: F811, with a token for each word
     builder = Path(demo.__file__).parent / "children" / "tiny_model.py"
-    subprocess.run([sys.executable, builder, model, data / "train.jsonl"], check=True, capture_output=True)
+    run_python(builder, model, data / "train.jsonl")
     given: tuple[object, ...] = (
         "--recipe",
         "tiny",

@@ -20,7 +20,7 @@ from test_real_upstream import TINY, close, metric_lines, model, rows  # noqa: F
 
 from ambersafe_cli import environment, metrics
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.cold]
 
 LIMIT = 30
 """Seconds within which a job has ended, or begun again, after one of its ranks has died."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Ambersafe, git, only_run, records_of, run_ambersafe
+from conftest import ROOT, Ambersafe, git, interpreter, only_run, records_of, run_ambersafe, run_python
 
 from ambersafe_cli import demo, metrics, patches, upstream
 
@@ -44,7 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's tiny Llama."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     builder = Path(demo.__file__).parent / "children" / "tiny_model.py"
-    subprocess.run([sys.executable, builder, folder, demo.DATA / "train.jsonl"], check=True, capture_output=True)
+    run_python(builder, folder, demo.DATA / "train.jsonl")
     return folder
 
 
@@ -180,7 +180,7 @@ def train_by_hand(clone: Path, work: Path, model: Path, rows: Path, name: str, *
     common = ["model=blank_model", f"model.name_or_path={model}", "datasets=[saferlhf]", "wandb.enabled=false"]
     own = [f"exp_name={name}", f"local_run_dir={run}", f"hydra.run.dir={run}/hydra", *overrides]
     done = subprocess.run(
-        [sys.executable, clone / "train.py", *common, *TINY, *own],
+        [interpreter(), str(clone / "train.py"), *common, *TINY, *own],
         cwd=work,
         env={**os.environ, "ROWS": str(rows)},
         capture_output=True,

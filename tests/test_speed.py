@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy
 import pytest
-from conftest import load, numbers, only_run, records_of, run_ambersafe
+from conftest import load, numbers, only_run, records_of, run_ambersafe, run_code
 from test_real_upstream import TINY, close, model, ours, own_lines, rows  # noqa: F401, fixtures
 from test_resume import kill_with_everything_it_started
 
@@ -53,9 +53,7 @@ def trainer(**config):
 model_folder = {str(model)!r}
 {code}
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(run_code(script).splitlines()[-1])
 
 
 def test_microbatches_hold_every_pair_once_with_no_padding_that_none_of_them_needs(

@@ -16,6 +16,8 @@ from test_real_upstream import TINY, mend, model, rows  # noqa: F401, fixtures
 
 from ambersafe_cli import standstill
 
+pytestmark = pytest.mark.cold
+
 LINES = (
     ("WARNING: stuck for 612 seconds: in the update of step 3", "612 seconds: the update of step 3."),
     (
@@ -95,6 +97,7 @@ def started(tmp_path: Path) -> Iterator[Callable[[list[str]], "subprocess.Popen[
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", range(faults.tries("a rank stands still")))
 @pytest.mark.parametrize(
     ("condition", "who"),
     [
@@ -109,6 +112,7 @@ def test_a_job_ends_of_a_rank_that_stands_still_and_names_it(
     tmp_path: Path,
     condition: str,
     who: str,
+    number: int,
 ) -> None:
     environment = faults.marked_environment(tmp_path.name)
     command = arguments(clone(condition, True), model, rows, "--nproc", "2", "--exp-name", "run")
@@ -140,12 +144,14 @@ def test_one_process_that_stands_still_says_so_and_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", range(faults.tries("one process stands still")))
 def test_show_watch_and_stop_say_of_one_process_that_it_stands_still_and_stop_now_ends_it(
     clone: Clone,
     model: Path,  # noqa: F811
     rows: Path,  # noqa: F811
     tmp_path: Path,
     started: Callable[[list[str]], "subprocess.Popen[bytes]"],
+    number: int,
 ) -> None:
     child = started(arguments(clone("True", True), model, rows, "--exp-name", "run"))
     logs = list[Path]()
