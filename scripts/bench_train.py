@@ -254,7 +254,8 @@ def choose_steps(given: argparse.Namespace, baseline: Variant, folder: Path) -> 
     """As many steps as make about `--seconds`, by the time that the baseline takes for a few."""
     task, _ = make_task(given, folder, "few", STEPS_TO_CALIBRATE * STAGES[given.stage].batch, 1)
     made = bench_runs.steps(train(baseline, task).lines)
-    return max(2, round(given.seconds * (len(made) - 1) / (made[-1].time - made[0].time)))
+    steps: float = given.seconds * (len(made) - 1) / (made[-1].time - made[0].time)
+    return max(2, round(steps))
 
 
 def cpu_model() -> str:

@@ -67,20 +67,20 @@ def interpreter() -> str:
     return os.environ.get("AMBERSAFE_PYTHON", sys.executable)
 
 
-def run_python(script: Path, *arguments: object, env: dict[str, str] | None = None) -> str:
+def run_python(script: Path, *arguments: object, env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
     """Run a script as training is run, and return what it printed."""
     command = [interpreter(), str(script), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})})
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **(env or {})})
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def run_code(code: str, env: dict[str, str] | None = None) -> str:
+def run_code(code: str, *arguments: object, env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
     """Run code as training is run, and return what it printed."""
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "code.py"
         script.write_text(code)
-        return run_python(script, env=env)
+        return run_python(script, *arguments, env=env, cwd=cwd)
 
 
 def git(folder: Path, *arguments: str) -> str:

@@ -4,7 +4,6 @@ import hashlib
 import importlib
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import Ambersafe, only_run, run_ambersafe
+from conftest import Ambersafe, only_run, run_ambersafe, run_code
 from fake_hub import FakeHub, serve
 from test_export import make_llama, peak, request
 from test_real_upstream import TINY, evaluate, model, rows  # noqa: F401, fixtures
@@ -375,10 +374,9 @@ def difference_without_peft(folder: Path, wanted: Any, place: Path) -> float:
     import torch
 
     torch.save(wanted, place / "wanted.pt")
-    command = [sys.executable, "-I", "-c", WITHOUT_PEFT, str(folder), str(place / "wanted.pt")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.stdout.startswith("difference "), done.stderr
-    return float(done.stdout.split()[1])
+    said = run_code(WITHOUT_PEFT, folder, place / "wanted.pt")
+    assert said.startswith("difference ")
+    return float(said.split()[1])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -455,9 +453,7 @@ def test_an_exported_adapter_loads_with_peft_and_its_card_can_be_followed(
     assert {WEIGHTS, CONFIG, "README.md", "tokenizer.json", "tokenizer_config.json"} <= names
     assert not {"config.json", "model.safetensors"} & names
     assert (folder / WEIGHTS).read_bytes() == (tuned.checkpoint.parent / WEIGHTS).read_bytes()
-    command = [sys.executable, "-I", "-c", ALONE, *map(str, (folder, tuned.base, tuned.checkpoint.parent))]
-    done = subprocess.run(command, cwd=tuned.run, capture_output=True, text=True)
-    assert done.stdout.endswith("equal\n"), done.stderr
+    assert run_code(ALONE, folder, tuned.base, tuned.checkpoint.parent, cwd=tuned.run).endswith("equal\n")
     card = (folder / "README.md").read_text()
     assert "library_name: peft" in card
     assert "parameters of an adapter (LoRA) in float32" in card

@@ -20,8 +20,6 @@ from test_resume import SETTINGS, kill_with_everything_it_started, start, wait_f
 
 from ambersafe_cli import locks, recovery, resuming, runs, upstream
 
-pytestmark = pytest.mark.cold
-
 
 def wait_until(is_so: Callable[[], bool], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds

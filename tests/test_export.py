@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import Ambersafe, run_ambersafe
+from conftest import Ambersafe, run_ambersafe, run_code
 from fake_hub import FakeHub, commit_of, serve
 from test_real_upstream import model  # noqa: F401, a fixture
 
@@ -56,9 +56,7 @@ print("equal")
 
 def alone(folder: Path, model: Path, checkpoint: Path, dtype: str) -> None:  # noqa: F811
     """Compare an exported folder with its checkpoint, and follow its card, in a process without anything of ours."""
-    arguments = [sys.executable, "-I", "-c", ALONE, str(folder), str(model), str(checkpoint), dtype]
-    done = subprocess.run(arguments, cwd=folder.parent, capture_output=True, text=True)
-    assert done.stdout.endswith("equal\n"), done.stderr
+    assert run_code(ALONE, folder, model, checkpoint, dtype, cwd=folder.parent).endswith("equal\n")
 
 
 @pytest.fixture(scope="module")

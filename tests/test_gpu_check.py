@@ -16,8 +16,6 @@ from gpu_check import expected, main, table
 
 from ambersafe_cli import cards
 
-pytestmark = pytest.mark.cold
-
 SCRIPT = ROOT / "scripts/gpu-check"
 COPY = Path("scripts/gpu_check")
 

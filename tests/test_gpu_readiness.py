@@ -232,6 +232,7 @@ print(json.dumps([asked, said]))
 # --- the process group ---
 
 
+@pytest.mark.cold  # it puts something else into the place of modules
 def test_nccl_gets_the_gpu_of_its_process_and_its_communicator_at_once(patched: Path, model: Path) -> None:  # noqa: F811
     joined = ask(
         patched,

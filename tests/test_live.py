@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from terminal import Terminal
 
-from ambersafe_cli import following, health, journal, metrics, view
+from ambersafe_cli import curves, following, health, journal, metrics, view
 
 HERE = Path(__file__).parent
 Start = Callable[..., Terminal]
@@ -177,7 +177,7 @@ def recorded(name: str) -> following.Following:
         model="tiny_model",
         status="running",
         planned_examples=None,
-        curves=following.curves.Curves(),
+        curves=curves.Curves(),
         began=1_764_000_000.0,
     )
     for line in (HERE / "recordings" / f"{name}.jsonl").read_text().splitlines():
@@ -227,7 +227,7 @@ def test_at_every_size_the_lines_fit(
     planned: int | None,
     is_ascii: bool,
 ) -> None:
-    run = following.Following(Path("/a/run"), stage, "model", "running", planned, following.curves.Curves(), 0.0)
+    run = following.Following(Path("/a/run"), stage, "model", "running", planned, curves.Curves(), 0.0)
     for record in records:
         run.take_entry(record)
     for line in lines:
@@ -271,7 +271,7 @@ def test_the_length_that_train_py_tells_is_that_of_the_view() -> None:
 
 def test_the_time_left_is_by_the_pace_of_this_attempt() -> None:
     run = recorded("dpo")
-    run.curves = following.curves.Curves()
+    run.curves = curves.Curves()
     run.planned_examples = 1000
     for examples, moment, attempt in ((100, 10.0, 1), (200, 1000.0, 2), (300, 1010.0, 2)):
         run.take_entry(metrics.Record("train", examples, {}, attempt, moment))

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -220,9 +221,7 @@ def test_the_evaluation_is_that_of_these_weights(tmp_path: Path) -> None:
     assert "| loss | 0.5 |\n| rewards/margins | nan |" in card(tmp_path, record("dpo"), metrics=own)
     weights = models.Weights("dpo", "m", None, "m", None, tmp_path / "step-20" / "policy.pt", None, None)
     run = runs.Run(tmp_path, record("dpo"), "finished")
-    text = model_card.render(
-        model_card.Subject(models.replace(weights, run=run), "x", 20, {}, None, "float32", 1, None)
-    )
+    text = model_card.render(model_card.Subject(replace(weights, run=run), "x", 20, {}, None, "float32", 1, None))
     assert "No evaluation of these weights is recorded." in text, "the record's is of the final ones"
 
 

@@ -149,12 +149,15 @@ def test_quantized_weights_take_what_bitsandbytes_holds(bits: str) -> None:
 
     shape = (688, 256)
     if bits == "4bit":
-        four: Any = nn.Params4bit(torch.randn(shape), requires_grad=False, quant_type="nf4", compress_statistics=True)
+        four: Any = nn.modules.Params4bit(
+            torch.randn(shape), requires_grad=False, quant_type="nf4", compress_statistics=True
+        )
         weights = four.to("cpu")
         state = weights.quant_state
         held = weights.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
     else:
-        layer = nn.Linear8bitLt(shape[1], shape[0], bias=False, has_fp16_weights=False).to("cpu")
+        layer: Any = nn.modules.Linear8bitLt(shape[1], shape[0], bias=False, has_fp16_weights=False)
+        layer = layer.to("cpu")
         held = layer.weight.CB.nbytes + layer.weight.SCB.nbytes
     assert memory.quantized(shape, bits) == held
 

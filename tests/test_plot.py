@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from test_cli import imported_by
 
 from ambersafe_cli import curves, drawing, metrics, panels, plot, runs, writing
-from ambersafe_cli.errors import UsageError
+from ambersafe_cli.errors import RunFolderError, UsageError
 
 
 def of(entries: list[metrics.Record]) -> curves.Curves:
@@ -147,7 +147,7 @@ def test_a_full_disk_leaves_the_earlier_picture(tmp_path: Path, monkeypatch: pyt
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", write_half)
-    with pytest.raises(writing.RunFolderError, match="No space left"):
+    with pytest.raises(RunFolderError, match="No space left"):
         writing.write(path, b"<!-- mark --> second", "mark")
     assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [("a.svg", b"<!-- mark --> first")]
 

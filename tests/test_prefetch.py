@@ -236,6 +236,7 @@ def test_a_tokenizer_with_a_name_of_its_own_is_fetched_at_main(
 # --- what preflight says of the cache ---
 
 
+@pytest.mark.cold  # the command would name the interpreter
 def test_each_part_that_is_missing_is_named_with_the_command_that_fetches_it(patched: Path, tmp_path: Path) -> None:
     done = check(patched, tmp_path, *AT_V0)
     assert done.returncode == 76

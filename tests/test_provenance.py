@@ -7,14 +7,13 @@ import json
 import os
 import platform
 import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from conftest import Ambersafe, git, only_run
+from conftest import Ambersafe, git, interpreter, only_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_real_upstream import TINY, model, rows  # noqa: F401, fixtures
@@ -131,7 +130,7 @@ def test_a_record_holds_all_that_a_run_came_from(ambersafe: Ambersafe, fake_clon
         assert each["sha256"] == hashlib.sha256(patch.path.read_bytes()).hexdigest()
         assert (each["commit"], each["state"]) == (patch.commit, "altered")
     python = record["python"]
-    assert (python["path"], python["version"]) == (sys.executable, platform.python_version())
+    assert (python["path"], python["version"]) == (interpreter(), platform.python_version())
     for package in ("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "pyarrow"):
         assert python["packages"][package] == importlib.metadata.version(package)
     assert python["cuda"] == torch.version.cuda

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from test_plot import of
 from test_show import any_json
 
-from ambersafe_cli import drawing, health, pages, panels, plot, report, runs
+from ambersafe_cli import drawing, health, pages, panels, report, runs
+from ambersafe_cli.errors import UsageError
 
 EVIL = (
     "</p></pre></title><script>alert(1)</script><img src=x onerror=alert(1)>\"'&<style>*{display:none}</style>{{ 7*7 }}"
@@ -357,6 +358,6 @@ def test_pictures_have_a_size_that_a_page_can_hold() -> None:
 
 def test_without_jinja_it_names_the_extra(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(plot.UsageError) as raised:
+    with pytest.raises(UsageError) as raised:
         report.run(str(both_stages(work)), None)
     assert raised.value.hint == "pip install 'ambersafe-cli[plot]'"

@@ -163,7 +163,7 @@ def test_data_without_a_test_split_is_divided_the_same_way_whatever_its_format(
 @given(st.lists(st.sampled_from([f"p{i}" for i in range(60)]), min_size=1, max_size=200), st.randoms())
 def test_split_holds_out_whole_prompts_and_does_not_depend_on_order(prompts: list[str], random: Any) -> None:
     def split(prompts: list[str], name: str) -> list[str]:
-        return saferlhf.split_saferlhf_prompts(pa.table({"prompt": prompts}), name)["prompt"].to_pylist()
+        return list(saferlhf.split_saferlhf_prompts(pa.table({"prompt": prompts}), name)["prompt"].to_pylist())
 
     test, train = split(prompts, "test"), split(prompts, "train")
     assert sorted(test + train) == sorted(prompts)

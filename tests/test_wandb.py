@@ -42,4 +42,5 @@ def test_offline_it_logs_every_record_into_the_run_folder_and_tensorboard_has_th
     assert [path.name for path in tmp_path.iterdir() if "wandb" in path.name] == []
     for key, points in read(run).items():
         expected = [(each.examples, each.values[key]) for each in records if key in each.values]
-        assert [(step, pytest.approx(value, rel=1e-6)) for step, value, _ in points] == expected, key
+        assert [step for step, _, _ in points] == [step for step, _ in expected], key
+        assert [value for _, value, _ in points] == pytest.approx([value for _, value in expected], rel=1e-6), key

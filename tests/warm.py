@@ -37,6 +37,7 @@ _OF_QUESTIONS = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
 _EACH_CALLS_OWN = ("PYTHONUNBUFFERED", "PYTHONSAFEPATH")
+_SCRIPTS = str(Path(__file__).resolve().parent.parent / "scripts")  # gpu-check's, which shadows none of the modules
 _MODULES = ("torch", "torch.distributed.run", "transformers", "datasets", "hydra", "omegaconf", "numpy", "tqdm", "peft")
 _CLASSES = ("AutoModelForCausalLM", "AutoTokenizer", "AutoConfig", "LlamaForCausalLM", "PreTrainedTokenizerFast",
             "GPT2LMHeadModel", "GenerationConfig")  # fmt: skip
@@ -81,6 +82,8 @@ def _call(python: str, folder: Path, owner: int, words: list[str]) -> int:
 
 def _read_at_import() -> dict[str, str]:
     found = {name: value for name, value in os.environ.items() if name.startswith(_AT_IMPORT)}
+    if found.get("PYTHONPATH") == _SCRIPTS:
+        del found["PYTHONPATH"]
     return {name: value for name, value in found.items() if name not in _EACH_CALLS_OWN}
 
 
@@ -314,6 +317,8 @@ def _become(asked: dict[str, Any], streams: list[int]) -> None:
     sys.executable = asked["executable"]
     sys.argv = list(asked["argv"])
     # That of this file is not there, by -P.
+    if os.environ.get("PYTHONPATH"):
+        sys.path.insert(0, os.environ["PYTHONPATH"])
     if not asked["safe"]:
         sys.path.insert(0, str(Path(sys.argv[0]).absolute().parent if "script" in asked else Path.cwd()))
     numpy = sys.modules.get("numpy")

@@ -147,7 +147,7 @@ def check(given: argparse.Namespace, out: Path) -> int:
     ended: list[table.Ended] = []
     try:
         for name in chosen:
-            left = (sum(LIMITS.values()) - (time.time() - begun)) * (ON_CPU if given.cpu else 1)
+            left = sum(LIMITS.values()) * (ON_CPU if given.cpu else 1) - (time.time() - begun)
             print(f"{name}:", flush=True)
             ended.append(run_part(name, out, clone, given.cpu, left))
             print(f"  {ended[-1].problem or 'ended'} after {ended[-1].seconds:.0f} s", flush=True)
