@@ -18,7 +18,7 @@ from test_real_upstream import TINY, model, rows  # noqa: F401, fixtures
 from ambersafe_cli import metrics, resuming, runs
 from ambersafe_cli.errors import UsageError
 
-pytestmark = [pytest.mark.slow, pytest.mark.cold]
+pytestmark = pytest.mark.slow
 
 STEPS = 30
 SETTINGS = (

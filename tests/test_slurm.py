@@ -20,8 +20,6 @@ from test_real_upstream import TINY, model, rows  # noqa: F401, fixtures
 
 from ambersafe_cli import slurm
 
-pytestmark = pytest.mark.cold
-
 # --- without Slurm ---
 
 WISH = ("--slurm", "--nodes", "2", "--gpus-per-node", "8", "--no-preflight")
