@@ -50,7 +50,7 @@ def make(folder: Path, owner: int) -> Path:
     """Write the program, which is a Python to whoever calls it; its servers end with the process `owner`."""
     folder.mkdir()
     path = folder / "python"
-    (folder / "environment").write_text(json.dumps(_read_at_import()))
+    (folder / "owner").write_text(json.dumps([_read_at_import(), _hard_limits()]))
     here = [str(Path(__file__).resolve()), sys.executable, str(folder), str(owner)]
     lines = (
         f"#!{sys.executable} -IS",
@@ -87,11 +87,15 @@ def _read_at_import() -> dict[str, str]:
     return {name: value for name, value in found.items() if name not in _EACH_CALLS_OWN}
 
 
+def _hard_limits() -> list[int]:
+    return [resource.getrlimit(limit)[1] for limit in _LIMITS]
+
+
 def _server(folder: Path) -> str | None:
     """The name of the server that has imported with this environment; None if there is to be none."""
-    own = json.loads((folder / "environment").read_text())
+    own, limits = json.loads((folder / "owner").read_text())
     found = _read_at_import()
-    if os.environ.get("AMBERSAFE_COLD") == "1":
+    if os.environ.get("AMBERSAFE_COLD") == "1" or _hard_limits() != limits:  # a server that has less has no way back
         return None
     return "training" if found == own else "questions" if found == own | _OF_QUESTIONS else None
 
@@ -141,6 +145,9 @@ def _start_server(python: str, place: Path, owner: int) -> None:
 
 def _begin_anew() -> None:
     """A server must not have the limits and the signals of whoever needs it first."""
+    for limit in _LIMITS:
+        most = resource.getrlimit(limit)[1]
+        resource.setrlimit(limit, (most, most))
     signal.pthread_sigmask(signal.SIG_SETMASK, set())
     for number in _SIGNALS:
         with contextlib.suppress(OSError, ValueError):
@@ -235,6 +242,8 @@ def _serve(place: Path, owner: int) -> None:
             listener.close()
             try:
                 _look_after(connection)
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(0)
         connection.close()
@@ -263,8 +272,13 @@ def _look_after(connection: socket.socket) -> None:
     asked = json.loads(data)
     worker = os.fork()
     if worker == 0:
-        connection.close()
-        _become(asked, list(streams))
+        try:
+            connection.close()
+            _become(asked, list(streams))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(70)
     for stream in streams:
         os.close(stream)
     connection.settimeout(0.02)
@@ -321,9 +335,8 @@ def _become(asked: dict[str, Any], streams: list[int]) -> None:
         sys.path.insert(0, os.environ["PYTHONPATH"])
     if not asked["safe"]:
         sys.path.insert(0, str(Path(sys.argv[0]).absolute().parent if "script" in asked else Path.cwd()))
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        numpy.random.seed()
+    sys.modules["numpy"].random.seed()  # Python's own is sown anew in a fork
+    sys.modules["torch"].seed()
     status = 0
     try:
         if "script" in asked:
