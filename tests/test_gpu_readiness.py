@@ -232,7 +232,6 @@ print(json.dumps([asked, said]))
 # --- the process group ---
 
 
-@pytest.mark.cold  # it puts something else into the place of modules
 def test_nccl_gets_the_gpu_of_its_process_and_its_communicator_at_once(patched: Path, model: Path) -> None:  # noqa: F811
     joined = ask(
         patched,
@@ -252,7 +251,8 @@ machines.compare_machines, machines.watch_ranks = lambda *given: ["here"] * 4, l
 torch.cuda.is_available, torch.cuda.set_device = lambda: True, lambda device: None
 dist.init_process_group = lambda backend, **options: joined.append((backend, options))
 dist.new_group = lambda **options: groups.append(options)
-utils.join_torchrun_group(None)
+from types import SimpleNamespace
+utils.join_torchrun_group(SimpleNamespace(stuck_after_seconds=600))
 ((backend, options),) = joined
 print(json.dumps([backend, str(options["device_id"]), options["timeout"].total_seconds(), stores[0],
                   groups[0]["backend"], groups[0]["timeout"].total_seconds()]))

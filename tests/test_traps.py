@@ -264,7 +264,7 @@ def test_a_slow_save_by_rank_0(patched: Path, tmp_path: Path) -> None:
     (tmp_path / "ask.py").write_text(
         f"import sys; sys.path.insert(0, {str(patched)!r})\n"
         "import omegaconf, torch, utils\n"
-        "utils.join_torchrun_group(omegaconf.OmegaConf.create({}))\n"
+        "utils.join_torchrun_group(omegaconf.OmegaConf.create({'stuck_after_seconds': 600}))\n"
         "import machines\n"
         "for group in (torch.distributed.group.WORLD, machines.patient_group):\n"
         "    print(group._get_backend(torch.device('cpu')).options._timeout.total_seconds())\n"
