@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 # Read when the libraries are imported, so that a server holds for one set of them; and what asking.ask adds to them.
-_AT_IMPORT = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "DATASETS_", "PYTORCH_", "CUDA_", "OMP_", "MKL_", "WANDB_",
+_AT_IMPORT = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "DATASETS_", "PYTORCH_", "OMP_", "MKL_", "WANDB_",
               "TOKENIZERS_", "XDG_", "LD_", "MALLOC_", "HOME", "LANG", "LC_", "TZ", "PYTHON")  # fmt: skip
 _OF_QUESTIONS = {
     **{f"{library}_VERBOSITY": "error" for library in ("HF_HUB", "DATASETS", "TRANSFORMERS")},
