@@ -18,7 +18,7 @@ import pytest
 from conftest import load, numbers, only_run, records_of, run_ambersafe
 from test_real_upstream import TINY, close, metric_lines, model, rows  # noqa: F401, fixtures
 
-from ambersafe_cli import environment, metrics
+from ambersafe_cli import environment, metrics, recovery
 
 pytestmark = [pytest.mark.slow, pytest.mark.cold]
 
@@ -233,6 +233,8 @@ def test_a_number_of_ranks_that_would_drop_examples_is_refused_by_resume_and_by_
 
 
 def test_going_on_clears_away_what_a_kill_left_and_nothing_else(patched: Path, tmp_path: Path) -> None:
+    import torch
+
     names = (
         "step-16",
         "step-32.old",
@@ -245,6 +247,9 @@ def test_going_on_clears_away_what_a_kill_left_and_nothing_else(patched: Path, t
     for name in names:
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
+        if name.startswith("step-"):
+            for file in recovery.FILES_OF_A_CHECKPOINT:
+                torch.save({"step_idx": 16, "state": {}, "metrics": {}}, tmp_path / name / file)
     code = f"import utils; print(utils.find_newest_checkpoint({str(tmp_path)!r}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=patched, capture_output=True, text=True)
     assert done.stdout.strip() == str(tmp_path / "step-32"), done.stderr
