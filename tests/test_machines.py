@@ -20,7 +20,7 @@ from test_real_upstream import TINY, close, metric_lines, model, rows  # noqa: F
 
 from ambersafe_cli import environment, metrics, recovery
 
-pytestmark = [pytest.mark.slow, pytest.mark.cold]
+pytestmark = pytest.mark.slow
 
 LIMIT = 30
 """Seconds within which a job has ended, or begun again, after one of its ranks has died."""
@@ -304,6 +304,7 @@ KILLS = 4
 """In one job."""
 
 
+@pytest.mark.cold
 @pytest.mark.parametrize("number", range(faults.tries("kill -9 of a rank") // KILLS))
 def test_a_job_whose_ranks_are_killed_goes_on_with_the_same_numbers(
     number: int, undisturbed: Path, given: tuple[object, ...], tmp_path: Path
