@@ -200,6 +200,7 @@ def test_what_is_kept_of_another_reference_model_is_not_trained_on(
 # --- torchrun starts again ---
 
 
+@pytest.mark.cold  # the rank that is stopped must be the one that writes
 def test_restarts_take_the_newest_checkpoint_that_is_whole(
     patched: Path,
     model: Path,  # noqa: F811
