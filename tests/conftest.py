@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,19 @@ def real_interpreter_where_it_matters(request: pytest.FixtureRequest, monkeypatc
     """A test that is marked cold, or is of such a module, starts a Python for everything; see warm.py."""
     if request.node.get_closest_marker("cold"):
         monkeypatch.delenv("AMBERSAFE_PYTHON")
+
+
+@pytest.fixture(autouse=True)
+def environment_as_before() -> Iterator[None]:
+    """Take back what a test's own process came to have in its environment: transformers' generate() writes there, too.
+
+    Every later test would inherit that; and warm.py would find none of its interpreters to have been started with it.
+    """
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys() - {"PYTEST_CURRENT_TEST"}:
+        del os.environ[name]
+    os.environ.update({name: value for name, value in before.items() if name != "PYTEST_CURRENT_TEST"})
 
 
 @pytest.fixture
