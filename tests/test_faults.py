@@ -570,7 +570,10 @@ def test_what_a_kill_leaves_goes_away_and_what_it_had_renamed_comes_back(
     shutil.copytree(three_checkpoints, run)
     for name in ("LATEST.partial", "step-9.partial", "step-1.deleted", "LATEST.old"):
         shutil.copytree(run / "step-1", run / name)
-    (run / "run.json.new").write_text("{")
+    (run / "run.json.0123abcd.new").write_text("{")
+    os.utime(run / "run.json.0123abcd.new", (1, 1))
+    (run / "run.json").write_text("{}")
+    (run / "run.json.89abcdef.new").write_text("{")  # is being written now
     mine = [run / "step-x.partial", run / "notes.old"]  # whatever that is, it is not ours
     for path in mine:
         path.mkdir()
@@ -580,7 +583,15 @@ def test_what_a_kill_leaves_goes_away_and_what_it_had_renamed_comes_back(
         (run / "step-3").rename(run / "step-3.old")
     assert recovery.put_in_order(run) == run / "step-3"
     left = {path.name for path in run.iterdir()}
-    assert left == {"step-1", "step-2", "step-3", "LATEST", "run.json.new", *(path.name for path in mine)}
+    assert left == {
+        "step-1",
+        "step-2",
+        "step-3",
+        "LATEST",
+        "run.json",
+        "run.json.89abcdef.new",
+        *(path.name for path in mine),
+    }
 
 
 # --- setup is killed, and the clone damaged ---

@@ -46,7 +46,7 @@ from ambersafe_cli import (
     value_findings,
     watch,
 )
-from ambersafe_cli.errors import AmberSafeError, ArchiveError, RecipeError, RunFolderError
+from ambersafe_cli.errors import AmberSafeError, ArchiveError, CloneError, RecipeError, RunFolderError
 
 pytestmark = pytest.mark.slow
 
@@ -345,6 +345,7 @@ def test_a_recipe_is_read_or_it_is_said_what_is_wrong(content: bytes) -> None:
 @given(as_yaml(CONFIG))
 @example(b"exp_name: 2026-01-01\nloss: {name: sft}\nmodel: {name_or_path: m}")
 @example(b"model: {name_or_path: m}\nloss: {name: sft}\nmax_length: {a: 1}")
+@example(b"loss: {name: dpo}\nmodel: {name_or_path: m, archive: /" + 300 * b"1" + b"}")
 def test_a_config_that_upstream_wrote_is_read_or_it_is_said_what_is_wrong(content: bytes) -> None:
     with quiet():
         folder = made_runs.by_hand(runs.folder_of_runs() / "run", "sft", made_runs.records("sft", 2))
@@ -352,19 +353,37 @@ def test_a_config_that_upstream_wrote_is_read_or_it_is_said_what_is_wrong(conten
         read_by_all(folder)
 
 
+OF_CLONE = {**dict.fromkeys(clone_config.NEEDED, 1), "wandb": {"enabled": False}, "defaults": [{"model": "m"}]}
+
+
+def a_stage() -> recipe.Stage:
+    flags: dict[str, Any] = {"model.name_or_path": "m", "datasets": ["hh"], "exp_name": "e"}
+    return recipe.resolve("sft", recipe.load("tiny"), recipe.Flags(flags), ())
+
+
+@pytest.mark.parametrize("key", [key for key in OF_CLONE if "." not in key and key not in ("defaults", "datasets")])
+def test_a_clones_config_that_lacks_a_key_is_said_to(key: str, tmp_path: Path) -> None:
+    stage = a_stage()
+    for group in ("model", "loss"):
+        (tmp_path / "config" / group).mkdir(parents=True)
+        (tmp_path / "config" / group / f"{stage.get(group)}.yaml").write_text("policy_dtype: a\nreference_dtype: a\n")
+    lacking = {other: value for other, value in OF_CLONE.items() if other != key}
+    (tmp_path / "config" / "config.yaml").write_text(json.dumps(lacking))
+    with pytest.raises(CloneError, match=rf"lacks .*{key}"):
+        list(value_findings.of_values("sft", clone_config.effective(tmp_path, stage)))
+
+
 @fuzz
 @given(st.data())
 def test_the_clones_config_is_read_or_it_is_said_what_is_wrong(data: st.DataObject) -> None:
-    good = {**dict.fromkeys(clone_config.NEEDED, 1), "wandb": {"enabled": False}, "defaults": [{"model": "m"}]}
-    flags: dict[str, Any] = {"model.name_or_path": "m", "datasets": ["hh"], "exp_name": "e"}
-    stage = recipe.resolve("sft", recipe.load("tiny"), recipe.Flags(flags), ())
+    stage = a_stage()
     with quiet() as folder:
         for name in ("model", "loss"):
             (folder / "config" / name).mkdir(parents=True)
             for each in ("m", "l", stage.get(name)):
                 (folder / "config" / name / f"{each}.yaml").write_text("policy_dtype: float32\nreference_dtype: a\n")
         path = folder / "config" / "config.yaml"
-        path.write_bytes(data.draw(as_yaml(good)))
+        path.write_bytes(data.draw(as_yaml(OF_CLONE)))
         with contextlib.suppress(AmberSafeError):
             list(value_findings.of_values("sft", clone_config.effective(folder, stage)))
 

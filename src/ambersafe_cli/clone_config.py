@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 NEEDED = (
     "batch_size", "datasets", "debug", "do_first_eval", "eval_batch_size", "eval_every", "gradient_accumulation_steps",
     "lr", "max_grad_norm", "max_length", "max_prompt_length", "n_epochs", "n_eval_examples", "n_examples", "optimizer",
-    "sample_during_eval", "seed", "trainer", "warmup_steps",
+    "sample_during_eval", "seed", "trainer", "wandb", "warmup_steps",
     "model.name_or_path", "model.fsdp_policy_mp", "model.policy_dtype", "model.reference_dtype",
 )  # fmt: skip
 _MAY_NEST = ("defaults", "hydra", "wandb")

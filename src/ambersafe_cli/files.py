@@ -26,6 +26,11 @@ def expand(text: str | Path) -> Path:
         ) from error
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; a path that the system does not look at, as its name is too long, is none."""
+    return os.path.isfile(path)  # noqa: PTH113, which raises for it
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write an object as JSON, in place of an earlier one. Raises RunFolderError."""
     write_lines(path, [json.dumps(value, indent=2, ensure_ascii=False)])

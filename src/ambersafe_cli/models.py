@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ambersafe_cli import display, runs
+from ambersafe_cli import display, files, runs
 from ambersafe_cli.errors import ArchiveError, UsageError
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
@@ -106,7 +106,7 @@ def lineage(run: runs.Run) -> list[Weights]:
     archive = run.record.get("archive")
     while archive and len(found) < 8:
         path = Path(str(archive))
-        if not path.is_file():
+        if not files.is_file(path):
             display.warn(f"{path}, which {found[0].label} was trained from, is gone: it is left away")
             break
         earlier = run_of(path)
@@ -125,7 +125,7 @@ def reference_of(run: runs.Run) -> Weights:
     if run.record["stage"] != "dpo" or not archive:
         return base_of(run)
     path = Path(str(archive))
-    if not path.is_file():
+    if not files.is_file(path):
         raise ArchiveError(
             f"{path} is gone, which {run.folder.name} was trained from, and which its rewards are against.",
             "--reference names other weights, e.g. --reference the SFT run's folder.",

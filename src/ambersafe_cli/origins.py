@@ -3,6 +3,7 @@
 No path of this machine gets into a card, as it is published: of a local file or folder it has the last part.
 """
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -46,7 +47,7 @@ def name_of(run: runs.Run) -> str:
 
 def is_on_hub(name: str) -> bool:
     """Whether a name is none of a local path: runs have those as absolute ones."""
-    return bool(re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name, re.ASCII)) and not Path(name).exists()
+    return bool(re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name, re.ASCII)) and not os.path.exists(name)  # noqa: PTH110, which raises for a name that is too long
 
 
 def link(name: str, kind: str = "") -> str:

@@ -8,6 +8,7 @@ import getpass
 import json
 import math
 import os
+import secrets
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -72,7 +73,8 @@ def require_empty(folder: Path) -> None:
 
 def write(folder: Path, record: Mapping[str, Any]) -> None:
     """Write run.json, whole or not at all. Raises RunFolderError."""
-    temporary = folder / "run.json.new"
+    # A name of its own: where the disk has no locks, another process may be writing its record too.
+    temporary = folder / f"run.json.{secrets.token_hex(4)}.new"
     try:
         # A path that is not UTF-8 has code points of its own in Python; their escapes are JSON's.
         with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
