@@ -13,7 +13,7 @@ import pytest
 import yaml
 from conftest import Ambersafe
 
-from ambersafe_cli import cli, clone_config, data, recipe, runs
+from ambersafe_cli import cli, clone_config, data, recipe, runs, value_findings
 from ambersafe_cli.errors import AmberSafeError, CloneError, DataError, RunFolderError
 
 Row = dict[str, Any]
@@ -276,13 +276,53 @@ def test_a_date_in_a_config_is_a_text_as_it_is_for_hydra(tmp_path: Path, monkeyp
     assert error_of("show", folder, "--json") is None
 
 
+GOOD = {
+    **dict.fromkeys(("batch_size", "gradient_accumulation_steps", "eval_batch_size", "eval_every", "max_length"), 8),
+    "max_prompt_length": 4,
+    "n_eval_examples": 8,
+    "n_epochs": 1,
+    "n_examples": 8,
+    "save_every_examples": 8,
+    "keep_checkpoints": 1,
+    "warmup_steps": 0,
+    "lr": 1e-6,
+    "max_grad_norm": 1.0,
+    "save_every_minutes": 5.0,
+    "wandb": {"enabled": False},
+    "keep_best": None,
+    "seed": 0,
+    "trainer": "BasicTrainer",
+    "optimizer": "RMSprop",
+}
+
+
+@pytest.mark.parametrize(
+    "key", [key for key, value in GOOD.items() if type(value) is int and key not in ("warmup_steps", "seed")]
+)
+@pytest.mark.parametrize("value", [0, -1, True, 1.5, "8", 2**63])
+def test_what_has_to_be_a_count_is_said_if_it_is_none(key: str, value: object) -> None:
+    of = {each.what for each in value_findings.of_values("sft", {**GOOD, key: value})}
+    assert any(what.startswith(f"{key} must be a whole number from 1 on") for what in of), of
+    least = {each.what for each in value_findings.of_values("sft", {**GOOD, key: 1})}
+    assert not any(what.startswith(f"{key} must be") for what in least), least
+
+
+@pytest.mark.parametrize("key", ["lr", "max_grad_norm", "save_every_minutes", "warmup_steps"])
+def test_what_has_to_be_a_number_is_said_if_it_is_none(key: str) -> None:
+    for value in (-1, -1e-9, float("inf"), float("nan"), True, "1", *([] if key == "warmup_steps" else [0])):
+        of = {each.what for each in value_findings.of_values("sft", {**GOOD, key: value})}
+        assert any(what.startswith(f"{key} must be a number") for what in of), (value, of)
+    assert not any(f"{key} must" in each.what for each in value_findings.of_values("sft", GOOD))
+
+
 # --- upstream's config in the clone ---
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("- a\n", "is no mapping of keys"), ("a: [", "Cannot read upstream's config"), ("lr: 1\n", "lacks batch_size"),
+        ("- a\n", "is no mapping of keys"), ("1: 2\n", "is no mapping of keys"), ("lr: 1\n", "lacks batch_size"),
+        ("a: [", "Cannot read upstream's config"),
         (b"\xff\xfe", "Cannot read upstream's config"), ("[" * 10_000, "Cannot read upstream's config"),
         ("batch_size: {a: 1}\n", "batch_size must be a plain value"), ("lr: [[1]]\n", "lr must be a plain value"),
         ("wandb: true\n", "wandb must be a mapping"), ("seed: &a {b: *a}\n", "an alias of a list or mapping"),
