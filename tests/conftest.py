@@ -46,9 +46,9 @@ def real_interpreter_where_it_matters(request: pytest.FixtureRequest, monkeypatc
 
 @pytest.fixture(autouse=True)
 def environment_as_before() -> Iterator[None]:
-    """Take back what a test's own process came to have in its environment: transformers' generate() writes there, too.
+    """Take back what a test's own process came to have in its environment, as pushing sets variables of the hub there.
 
-    Every later test would inherit that; and warm.py would find none of its interpreters to have been started with it.
+    Every later test would inherit that, and warm.py would have no interpreter that was started with it.
     """
     before = dict(os.environ)
     yield

@@ -574,6 +574,7 @@ def test_what_a_kill_leaves_goes_away_and_what_it_had_renamed_comes_back(
     os.utime(run / "run.json.0123abcd.new", (1, 1))
     (run / "run.json").write_text("{}")
     (run / "run.json.89abcdef.new").write_text("{")  # is being written now
+    (run / "run.json.00000000.new").symlink_to("renamed")  # as one that another process renames while we look
     mine = [run / "step-x.partial", run / "notes.old"]  # whatever that is, it is not ours
     for path in mine:
         path.mkdir()
@@ -590,6 +591,7 @@ def test_what_a_kill_leaves_goes_away_and_what_it_had_renamed_comes_back(
         "LATEST",
         "run.json",
         "run.json.89abcdef.new",
+        "run.json.00000000.new",
         *(path.name for path in mine),
     }
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from conftest import Ambersafe
 
-from ambersafe_cli import cli, clone_config, data, recipe, runs, value_findings
+from ambersafe_cli import cli, clone_config, data, origins, recipe, runs, value_findings
 from ambersafe_cli.errors import AmberSafeError, CloneError, DataError, RunFolderError
 
 Row = dict[str, Any]
@@ -313,6 +313,10 @@ def test_what_has_to_be_a_number_is_said_if_it_is_none(key: str) -> None:
         of = {each.what for each in value_findings.of_values("sft", {**GOOD, key: value})}
         assert any(what.startswith(f"{key} must be a number") for what in of), (value, of)
     assert not any(f"{key} must" in each.what for each in value_findings.of_values("sft", GOOD))
+
+
+def test_a_name_that_is_too_long_for_a_file_is_none_of_a_local_path() -> None:
+    assert origins.is_on_hub(300 * "m")
 
 
 # --- upstream's config in the clone ---

@@ -47,7 +47,8 @@ def name_of(run: runs.Run) -> str:
 
 def is_on_hub(name: str) -> bool:
     """Whether a name is none of a local path: runs have those as absolute ones."""
-    return bool(re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name, re.ASCII)) and not os.path.exists(name)  # noqa: PTH110, which raises for a name that is too long
+    is_there = os.path.exists(name)  # noqa: PTH110, which raises for a name that is too long
+    return bool(re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name, re.ASCII)) and not is_there
 
 
 def link(name: str, kind: str = "") -> str:

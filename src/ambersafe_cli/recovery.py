@@ -1,5 +1,6 @@
 """What a run's folder holds after a kill, a full disk or a bad one: put in order, before the run goes on."""
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -35,10 +36,10 @@ def _finish_what_was_cut_short(run: Path) -> None:
         if path.is_dir() and not path.with_suffix("").exists():
             path.rename(path.with_suffix(""))
     leftovers = [path for suffix in (".old", ".partial", ".deleted") for path in runs.steps(run, suffix)]
-    record = run / "run.json"
     for path in run.glob("run.json.*.new"):
-        if path.stat().st_mtime < record.stat().st_mtime:  # a newer one may be another process's
-            path.unlink()
+        with contextlib.suppress(FileNotFoundError):  # where there are no locks, another process may have renamed it
+            if path.stat().st_mtime < (run / "run.json").stat().st_mtime:  # a newer one may be being written
+                path.unlink()
     for path in (*leftovers, run / "LATEST.old", run / "LATEST.partial"):
         if path.is_dir():
             shutil.rmtree(path)
