@@ -20,8 +20,8 @@ from conftest import Ambersafe, run_ambersafe, run_code
 from fake_hub import FakeHub, commit_of, serve
 from test_real_upstream import model  # noqa: F401, a fixture
 
-from ambersafe_cli import checkpoints, export, models, runs
-from ambersafe_cli.errors import ExportError, UsageError
+from ambersafe_cli import as_trained, checkpoints, export, models, runs
+from ambersafe_cli.errors import ExportError, TrainingEnvironmentError, UsageError
 
 CHILDREN = Path(export.__file__).parent / "children"
 
@@ -636,13 +636,17 @@ def test_a_model_is_taken_at_the_commit_of_the_run_and_from_where_it_is_now(
         assert weights.tokenizer == (str(trained.base) if found is record else "org/words")
 
 
-def test_the_interpreter_of_the_run_reads_its_checkpoint(tmp_path: Path, trained: SimpleNamespace) -> None:
+def test_where_packages_are_missing_the_interpreter_of_the_run_is_named_and_not_started(
+    tmp_path: Path, trained: SimpleNamespace
+) -> None:
+    bare, named = tmp_path / "bare", tmp_path / "named"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    named.write_text(f"#!/bin/sh\ntouch {tmp_path / 'proof'}\n")
+    for program in (bare, named):
+        program.chmod(0o755)
     weights, _ = export.find(str(trained.run), None)
-    assert export._interpreter(weights, None) == sys.executable
-    assert export._interpreter(weights, "other") == "other"
-    python = tmp_path / "python"
-    python.symlink_to(sys.executable)
-    run = runs.Run(tmp_path, {"command": [str(python), "train.py"]}, "finished")
-    assert export._interpreter(replace(weights, run=run), None) == str(python)
-    python.unlink()
-    assert export._interpreter(replace(weights, run=run), None) == sys.executable
+    run = runs.Run(tmp_path, {"command": [str(named), "train.py"]}, "finished")
+    with pytest.raises(TrainingEnvironmentError) as raised:
+        as_trained.require_packages(str(bare), [replace(weights, run=run)], [])
+    assert f"--python {named}, which trained this" in raised.value.hint
+    assert not (tmp_path / "proof").exists()

@@ -210,7 +210,7 @@ def read_by_all(folder: Path) -> None:
         lambda: as_trained.config(runs.open_run("run")),
         lambda: as_trained.rows(runs.open_run("run"), as_trained.config(runs.open_run("run"))),
         lambda: recorded.pinned(runs.read(runs.find("run")) or RECORD, folder),
-        lambda: recorded.command(runs.read(runs.find("run")) or RECORD, Path("/clone"), folder, None),
+        lambda: recorded.words(runs.read(runs.find("run")) or RECORD, folder),
         lambda: resuming.resume("run", None, False, False, plain=False),
         lambda: resuming.resume(None, None, False, False, plain=False),
         lambda: list(origins.data(origins.stages_of(runs.open_run("run")))),

@@ -552,4 +552,3 @@ def test_nccl_and_gloo_take_the_interface_by_which_the_machines_meet(monkeypatch
     assert {name: machines.settings(of).get(name) for name in names} == dict.fromkeys(names, "lo")
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
     assert {name: machines.settings(of).get(name) for name in names} == {names[0]: "lo", names[1]: None}
-    assert set(names) <= set(machines.SETTINGS), "resume asks anew"

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import Ambersafe, commit, git, make_repository, make_series
 
-from ambersafe_cli import cloning, errors, patches, upstream
+from ambersafe_cli import cloning, errors, git_calls, patches, upstream
 
 TRAIN = [f"line {number}\n" for number in range(1, 21)]
 
@@ -168,7 +168,7 @@ def test_a_fresh_clone_is_the_base_with_one_commit_a_patch(folder: Path, wanted:
     assert [patch.state for patch in result.state.patches] == ["applied"] * 3
     subjects = git(folder, "log", "--reverse", "--format=%s", f"{wanted.commit}..").splitlines()
     assert subjects == [patch.subject for patch in wanted.series]
-    assert set(git(folder, "log", "--format=%ce", f"{wanted.commit}..").split()) == {upstream.COMMITTER_EMAIL}
+    assert set(git(folder, "log", "--format=%ce", f"{wanted.commit}..").split()) == {git_calls.COMMITTER_EMAIL}
     assert_complete(folder, wanted)
 
 

@@ -137,7 +137,8 @@ class Shelf:
 
 def make_bundle(bundle: Path, scratch: Path) -> dict[str, str]:
     """Write upstream's pinned commit, as `main` and HEAD, into a file that git clones from; return URL and commit."""
-    from ambersafe_cli.upstream import NETWORK_ENVIRONMENT, PINNED_COMMIT, UPSTREAM_URL, require_git
+    from ambersafe_cli.git_calls import NETWORK_ENVIRONMENT, require_git
+    from ambersafe_cli.upstream import PINNED_COMMIT, UPSTREAM_URL
 
     require_git()
     inside = ["--git-dir", str(scratch / "upstream.git")]

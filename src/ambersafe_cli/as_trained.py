@@ -2,6 +2,7 @@
 
 import os
 import reprlib
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -226,16 +227,23 @@ def rows(
 
 
 def require_packages(python: str, every: Sequence[models.Weights], quantize: Sequence[str | None]) -> None:
-    """Raise TrainingEnvironmentError if an interpreter lacks what adapters or quantized weights need."""
+    """Raise TrainingEnvironmentError if an interpreter lacks what it takes, adapters and quantized weights included."""
     adapters = [weights.checkpoint for weights in every if adapter_of(weights)]
     needs = [("peft", "lora", f"the adapter of {adapters[0]}")] if adapters else []
     needs += [("bitsandbytes", "quantize", f"a model in {bits}") for bits in quantize if bits]
-    has = environment.probe(python).extras if needs else {}
+    there = environment.probe(python)
+    others = [str(each.run.record["command"][0]) for each in every if each.run and each.run.record.get("command")]
+    by = next((f" {shlex.quote(other)}, which trained this" for other in others if other != there.python), "")
+    if there.missing:
+        raise TrainingEnvironmentError(
+            f"{there.python} lacks {', '.join(there.missing)}.",
+            f"Install them there: `pip install 'ambersafe-cli[train]'`, or name another interpreter: --python{by}.",
+        )
     for package, extra, what in needs:
-        if package not in has:
+        if package not in there.extras:
             raise TrainingEnvironmentError(
-                f"{python} lacks {package}, which {what} needs.",
-                f"Install it there: `pip install 'ambersafe-cli[{extra}]'`, or name another interpreter with --python.",
+                f"{there.python} lacks {package}, which {what} needs.",
+                f"Install it there: `pip install 'ambersafe-cli[{extra}]'`, or name another interpreter: --python{by}.",
             )
 
 

@@ -54,7 +54,7 @@ def attempt(plan: launch.Launch, record: runs.Record, plain: bool, also: Mapping
     Only for who has the run's lock.
     """
     folder = plan.run_folder
-    with upstream.in_use(plan.clone):
+    with upstream.in_use(plan.clone, (also or record)["upstream"]):
         earlier = record.get("attempts") or []
         number = len(earlier) + 1
         started = {"started": runs.now(), "host": runs.host(), "pid": os.getpid(), "command": list(plan.argv)}

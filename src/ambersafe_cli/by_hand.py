@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from ambersafe_cli import files
 from ambersafe_cli.overrides import read_yaml
 
 STATUS = "made by hand"
@@ -48,7 +49,7 @@ def read(folder: Path) -> dict[str, Any] | None:
 def config(folder: Path) -> dict[str, Any]:
     """What the config.yaml in a run's folder says, whoever made the run, by upstream's keys; empty for nothing."""
     try:
-        found = read_yaml((folder / "config.yaml").read_text(encoding="utf-8"))
+        found = read_yaml(files.read_text(folder / "config.yaml"))
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return dict(_flat(found)) if isinstance(found, dict) else {}

@@ -3,17 +3,19 @@
 A marker in the clone says which commit is being checked out; what only the user has is kept on a branch.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import git
 
+from ambersafe_cli import files
 from ambersafe_cli.errors import CloneError
+from ambersafe_cli.git_calls import COMMITTER_EMAIL
 from ambersafe_cli.upstream import (
     BASE_REF,
     BRANCH,
-    COMMITTER_EMAIL,
     CloneState,
     changed_files,
     has_commit,
@@ -31,7 +33,8 @@ def check_out(repo: git.Repo, target: str, base: str) -> None:
     """Bring the branch and the files to the commit `target`, and note that it is made of upstream's commit `base`."""
     marker = _marker(repo)
     temporary = marker.with_suffix(".new")
-    temporary.write_text(f"{target} {base}")
+    with os.fdopen(files.create(temporary), "w") as file:
+        file.write(f"{target} {base}")
     temporary.replace(marker)
     # --force: over what a killed checkout left. What a user has edited was refused or saved before.
     repo.git.checkout("--quiet", "--force", "-B", BRANCH, target)

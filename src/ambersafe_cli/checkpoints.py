@@ -22,6 +22,9 @@ from ambersafe_cli.errors import ArchiveError
 from ambersafe_cli.hub import WEIGHTS, shards
 from ambersafe_cli.overrides import LARGEST
 
+LONGEST_HEADER = 100_000_000
+"""Bytes of the longest header that a safetensors file can have: https://github.com/huggingface/safetensors."""
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -238,7 +241,7 @@ def safetensors_entries(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > size:
+        if length > min(size, LONGEST_HEADER):
             raise ValueError(f"it has {size} bytes, and a header of {length}")
         try:
             header = dict(json.loads(file.read(length)))

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from ambersafe_cli import processes
+from ambersafe_cli import files, processes
 from ambersafe_cli.errors import RunFolderError
 from ambersafe_cli.launch import TORCHRUN, Launch
 
@@ -77,7 +77,7 @@ def run(launch: Launch, log: Path, watcher: Watcher) -> Outcome:
     environment = {**os.environ, **launch.environment, processes.MARK: mark}
     processes.kill_stopped_orphans(launch.run_folder)
     try:
-        log_file = log.open("ab", buffering=0)
+        log_file = os.fdopen(files.append(log), "ab", buffering=0)
     except OSError as error:
         raise RunFolderError(f"Cannot write {log}: {error.strerror}") from error
     with log_file, _signals() as received:
@@ -268,6 +268,9 @@ def _pump(source: IO[bytes], target: IO[str] | None, write_log: Callable[[bytes]
             write_log(rest + data[:end])
             rest = b""
         rest += data[end:]
+        if len(rest) > files.LONGEST_LINE:  # in pieces, or each further one would cost as much as all before
+            write_log(rest)
+            rest = b""
     if rest:
         write_log(rest + b"\n")
         if shown:

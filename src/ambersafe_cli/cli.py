@@ -628,12 +628,7 @@ def export(
         str | None, typer.Option(metavar="ORG/NAME", help="Upload it to this repository on the hub as well.")
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="If there is none, make it a private one.")] = False,
-    python: Annotated[
-        str | None,
-        typer.Option(
-            envvar="AMBERSAFE_PYTHON", help="The interpreter to read the checkpoint with.", show_default="the run's"
-        ),
-    ] = None,
+    python: Python = sys.executable,
     as_json: Json = False,
 ) -> None:
     """Make a Hugging Face folder of a run's weights, or of its adapter, with a model card."""

@@ -21,25 +21,27 @@ from git.util import CallableRemoteProgress
 
 from ambersafe_cli import checkouts
 from ambersafe_cli.errors import CloneError, GitError, SourceError
+from ambersafe_cli.git_calls import (
+    NETWORK_ENVIRONMENT,
+    git_errors,
+    what_git_said,
+    with_own_settings,
+    without_secrets,
+)
 from ambersafe_cli.patches import Patch
 from ambersafe_cli.upstream import (
     BASE_REF,
     BRANCH,
-    NETWORK_ENVIRONMENT,
     PINNED_COMMIT,
     CloneState,
     apply_patches,
     changed_files,
-    git_errors,
     has_commit,
     inspect,
     inspect_repository,
     is_empty,
     open_clone,
-    require_unused,
-    what_git_said,
-    with_own_settings,
-    without_secrets,
+    unused,
 )
 
 # What git leaves in its folder while the user is in the middle of something.
@@ -74,12 +76,17 @@ class SetupResult:
 
 
 @contextlib.contextmanager
-def alone(parent: Path) -> Iterator[None]:
-    """Let one setup at a time work in `parent`; a second one waits. The lock goes with the process, however it ends."""
+def alone(parent: Path, on_wait: Callable[[str], None]) -> Iterator[None]:
+    """Let one setup at a time work in `parent`; a second one waits, and tells what for. The lock goes with the process,
+    however it ends."""
     handle = os.open(parent, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # not every network file system has locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                on_wait(f"waiting for another setup in {parent}")
+                fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)
@@ -95,7 +102,7 @@ def set_up(folder: Path, wanted: Wanted, force: bool, progress: Progress) -> Set
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with alone(folder.parent), git_errors(f"Setting up {folder}"):
+        with alone(folder.parent, lambda what: progress(what, 0.0)), git_errors(f"Setting up {folder}"):
             if folder.exists() and not is_empty(folder):
                 try:
                     repo = open_clone(folder)
@@ -147,6 +154,9 @@ def _clone(folder: Path, wanted: Wanted, progress: Progress) -> tuple[str, ...]:
                 f"Cannot clone {without_secrets(wanted.url)}: {why}",
                 "Is there a network? --repo takes a mirror, or the path of a clone that was made elsewhere.",
             ) from error
+        if (clean := without_secrets(wanted.url)) != wanted.url:
+            repo.git.remote("set-url", "origin", clean)
+            shutil.rmtree(Path(repo.git_dir, "logs"), ignore_errors=True)  # they name the address, too
         with_own_settings(repo)
         base = _find_commit(repo, wanted.commit, wanted.url)
         repo.git.checkout("--quiet", "-B", BRANCH, base)
@@ -164,13 +174,18 @@ def _clone(folder: Path, wanted: Wanted, progress: Progress) -> tuple[str, ...]:
 
 
 def _find_commit(repo: git.Repo, commit: str, url: str) -> str:
-    """Return the full id of a commit, branch or tag; ask the remote for it if it is not here. Raises SourceError."""
+    """Return the full id of a commit, branch or tag; ask the remote for it if it is not here. Raises SourceError.
+
+    An id is that commit alone, whatever a mirror has called its branches.
+    """
     is_a_name = re.fullmatch(r"[^-+^:][^:]*", commit)  # or git would take it for an option or a refspec
+    names = [commit] if re.fullmatch(r"[0-9a-fA-F]{40}", commit) else [f"origin/{commit}", commit]
     for fetch in (None, ["origin"], ["origin", commit]) if is_a_name else ():
         if fetch:
             with contextlib.suppress(git.GitCommandError):
-                repo.git.fetch("--quiet", *fetch)
-        for name in (f"origin/{commit}", commit):
+                # Not the program that the repository has for it: of two settings git takes the first.
+                repo.git.fetch("--quiet", "--upload-pack=git-upload-pack", *fetch)
+        for name in names:
             if has_commit(repo, name):
                 return str(repo.git.rev_parse(f"{name}^{{commit}}"))
     url = without_secrets(url)
@@ -182,13 +197,28 @@ def _update(repo: git.Repo, folder: Path, wanted: Wanted, force: bool, progress:
     state = inspect_repository(repo, folder, wanted.series)
     saved: tuple[str, ...] = ()
     if interrupted := checkouts.interrupted(repo):
-        saved = checkouts.finish(repo, state, *interrupted)
+        with unused(folder):
+            saved = checkouts.finish(repo, state, *interrupted)
         state = inspect_repository(repo, folder, wanted.series)
     base = wanted.commit if state.base == wanted.commit else _find_commit(repo, wanted.commit, state.url or str(folder))
     if state.is_exactly(base, wanted.patches):
         return SetupResult(state, changed=bool(interrupted), saved=saved)
 
-    require_unused(repo, folder)
+    with unused(folder):
+        return _bring_to(repo, folder, state, base, wanted, force, saved, progress)
+
+
+def _bring_to(
+    repo: git.Repo,
+    folder: Path,
+    state: CloneState,
+    base: str,
+    wanted: Wanted,
+    force: bool,
+    saved: tuple[str, ...],
+    progress: Progress,
+) -> SetupResult:
+    """The part of an update that changes something, for who keeps trainings from beginning. Raises as `set_up` does."""
     if any(Path(repo.git_dir, name).exists() for name in _IN_THE_MIDDLE):
         raise CloneError(
             f"{folder} is in the middle of a git am, rebase, merge, cherry-pick or revert.",

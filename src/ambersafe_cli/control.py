@@ -1,12 +1,13 @@
 """Runs that go on without a terminal: starting one in the background, and stopping it."""
 
+import os
 import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from ambersafe_cli import display, locks, runs, slurm, standstill
+from ambersafe_cli import display, files, locks, runs, slurm, standstill
 from ambersafe_cli.errors import UsageError
 
 
@@ -18,7 +19,7 @@ def detach(folder: Path, python: str | None, allow_modified: bool) -> int:
     before = _attempts(folder)
     log = folder / "launcher.log"
     begin = log.stat().st_size if log.exists() else 0
-    with log.open("ab") as file:
+    with os.fdopen(files.append(log), "ab") as file:
         child = subprocess.Popen(
             [sys.executable, "-P", "-m", "ambersafe_cli", "resume", str(folder)]  # -P: no module of the working folder
             + (["--python", python] if python else [])

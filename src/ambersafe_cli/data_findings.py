@@ -58,6 +58,7 @@ def _ask(python: str, request: Mapping[str, Any], rows: Mapping[str, str]) -> di
     child = subprocess.run(
         [python, str(_LOOK_AT_DATA), json.dumps(request)],
         env={**os.environ, **rows},
+        stdin=subprocess.DEVNULL,  # or a model with code of its own asks there whether to run it
         capture_output=True,
         text=True,
         check=False,

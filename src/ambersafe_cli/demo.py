@@ -1,6 +1,7 @@
 """`ambersafe demo`: the whole way on a tiny model and a few hundred rows, with a table of before and after."""
 
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,17 +52,29 @@ def _build_model(python: str) -> Path:
     if (folder / "config.json").is_file():
         return folder
     try:
+        runs.share_cache(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunFolderError(
             f"Cannot make {folder.parent}: {error.strerror}", "Run from a folder that you can write."
         ) from error
     display.say("building a tiny Llama and its tokenizer …")
-    child = subprocess.run(
-        [python, str(_BUILD_MODEL), str(folder), str(DATA / "train.jsonl")], capture_output=True, text=True, check=False
-    )
-    if child.returncode:
-        raise AmberSafeError(f"Building the tiny model failed: {child.stderr.strip()}")
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tiny_model-") as place:
+        made = Path(place) / "tiny_model"
+        child = subprocess.run(
+            [python, str(_BUILD_MODEL), str(made), str(DATA / "train.jsonl")],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if child.returncode:
+            raise AmberSafeError(f"Building the tiny model failed: {child.stderr.strip()}")
+        try:
+            made.rename(folder)
+        except OSError as error:
+            if not (folder / "config.json").is_file():  # else another demo has just made it
+                raise RunFolderError(f"Cannot make {folder}: {error.strerror}", "Move it away.") from error
     return folder
 
 

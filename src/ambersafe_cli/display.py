@@ -1,4 +1,8 @@
-"""All that this program prints: prose and progress on stderr, what a script would read on stdout."""
+"""All that this program prints: prose and progress on stderr, what a script would read on stdout.
+
+It is the one door: a run's record, a log, a row or a model's answer may hold what a terminal takes for commands, and
+each function here spells that out; see `printable`.
+"""
 
 import contextlib
 import json
@@ -27,47 +31,47 @@ def _styled(text: str, style: str) -> str:
     return f"\033[{style}m{text}\033[0m" if sys.stderr.isatty() else text
 
 
-def say(text: str) -> None:
+def say(text: str, label: str = "", style: str = "") -> None:
     """A line of prose. A terminal that is gone is no reason to fail: a run's record still has to be written."""
+    before = f"{_styled(f'{label}:', style)} " if label else ""
     with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        print(f"{before}{printable(text)}", file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:
     """A line about what the user may not have expected."""
-    say(f"{_styled('note:', '33')} {text}")
+    say(text, "note", "33")
 
 
 def fail(error: AmberSafeError) -> None:
     """What is wrong, and how to mend it."""
-    say(f"{_styled('error:', '31')} {error.message}")
+    say(error.message, "error", "31")
     if error.hint:
         say(f"  {error.hint}")
 
 
 def find(level: str, what: str, mend: str) -> None:
     """A finding of preflight: an error or a warning, and what to change."""
-    say(f"{_styled(f'{level}:', '31' if level == 'error' else '33')} {what}")
+    say(what, level, "31" if level == "error" else "33")
     if mend:
         say(f"  {mend}")
 
 
 def write(text: str) -> None:
     """A line of the answer itself."""
-    print(text, flush=True)
+    print(printable(text), flush=True)
 
 
-def write_bytes(data: bytes) -> None:
-    """A part of the answer as it is, such as a log that may hold anything."""
-    sys.stdout.flush()
-    sys.stdout.buffer.write(data)
-    sys.stdout.buffer.flush()
+def write_part(text: str) -> None:
+    """A part of the answer that may end within a line, such as what has come to a log."""
+    print(printable(text), end="", flush=True)
 
 
 def write_json(value: Any) -> None:
     """The answer for a program. What a terminal would take for a command is escaped, as JSON has it."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
-    write("".join(f"\\u{ord(c):04x}" if c != "\n" and not _is_shown(c) and ord(c) < 0x10000 else c for c in text))
+    shown = (f"\\u{ord(c):04x}" if c != "\n" and not _is_shown(c) and ord(c) < 0x10000 else c for c in text)
+    print("".join(shown), flush=True)
 
 
 def _is_shown(character: str) -> bool:
@@ -93,7 +97,7 @@ def write_facts(facts: Iterable[tuple[str, str]], indent: int = 12) -> None:
         before = name
         write(
             textwrap.fill(
-                text,
+                printable(text),
                 width=max(width, 40),
                 initial_indent=start,
                 subsequent_indent=" " * indent,
@@ -109,7 +113,8 @@ def write_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    rows = [[printable(cell) for cell in row] for row in rows]
+    table = Table(title=printable(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
         cells = [row[index] for row in rows]
         is_number = index > 0 and all(cell[:1] in "-+.0123456789" for cell in cells)

@@ -109,7 +109,9 @@ def probe(python: str, ask_torch: bool = False) -> TrainingEnvironment:
     path = str(Path(path).absolute())  # not resolved: a virtual environment's python is a link
     try:
         command = [path, "-c", _PROBE, json.dumps(MODULES), json.dumps(EXTRAS)]
-        child = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        child = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=True
+        )
         answer = json.loads(child.stdout)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip()
@@ -141,7 +143,9 @@ def _torchs_gpus(python: str) -> tuple[tuple[str, ...], tuple[int, ...], bool]:
 
     Takes the seconds that importing it takes.
     """
-    child = subprocess.run([python, "-c", _GPUS_OF_TORCH], capture_output=True, text=True, check=False)
+    child = subprocess.run(
+        [python, "-c", _GPUS_OF_TORCH], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
     if child.returncode:
         raise TrainingEnvironmentError(f"{python} cannot import torch: {child.stderr.strip()}", INSTALL_HINT)
     found = [line.split(" ", 2) for line in child.stdout.splitlines() if line]
@@ -161,7 +165,9 @@ def _visible_gpus() -> tuple[str, ...]:
     ):
         if not names and shutil.which(command[0]):
             with contextlib.suppress(OSError, subprocess.SubprocessError):
-                listed = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+                listed = subprocess.run(
+                    command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30, check=False
+                )
                 names = re.findall(line, listed.stdout, flags=re.MULTILINE)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:

@@ -70,12 +70,14 @@ def run(request: Request) -> None:
     children = [as_trained.for_child(weights, precision)]
     if reference:
         children.append(as_trained.for_child(reference, of_reference, merges=adapter is None and not request.reference))
+    clone = as_trained.clone(weights.run, request.clone)
+    display.say(f"runs the code of {clone} with {request.python}")
     as_trained.require_packages(request.python, every, [child["quantize"] for child in children])
     answer = asking.ask(
         request.python,
         "score_pairs.py",
         {
-            "clone": str(as_trained.clone(weights.run, request.clone)),
+            "clone": str(clone),
             "datasets": rows.datasets,
             "split": request.split,
             "limit": request.limit,

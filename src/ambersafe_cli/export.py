@@ -6,7 +6,6 @@ Of a LoRA checkpoint it is the adapter, as peft loads it, or with `--merge` a mo
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,7 +45,7 @@ class Request:
     force: bool
     push: str | None
     private: bool
-    python: str | None
+    python: str
     as_json: bool
 
 
@@ -116,8 +115,8 @@ def write(weights: models.Weights, checkpoint: Path, folder: Path, request: Requ
     _require_way(checkpoint, adapter, request.merge)
     _require_sources(weights, with_weights=request.merge and adapter is not None and adapter.on is None)
     shapes = checkpoints.policy_shapes(checkpoint)
-    python = _interpreter(weights, request.python)
-    as_trained.require_packages(python, [weights], [])
+    display.say(f"reads it with {request.python}")
+    as_trained.require_packages(request.python, [weights], [])
     display.say(f"reading {checkpoint}, whether every byte is as it was written …")
     integrity.require_whole(checkpoint)
     asked = {
@@ -134,7 +133,7 @@ def write(weights: models.Weights, checkpoint: Path, folder: Path, request: Requ
         "base": Path(weights.model).name if request.push and not origins.is_on_hub(weights.model) else weights.model,
     }
     with folders.filling(folder, request.force, needed) as new:
-        answer = asking.ask(python, "export_checkpoint.py", {**asked, "folder": str(new)}, {}, "export")
+        answer = asking.ask(request.python, "export_checkpoint.py", {**asked, "folder": str(new)}, {}, "export")
         subject = model_card.Subject(
             weights=weights,
             name=request.push or f"./{folder.name}",
@@ -171,13 +170,6 @@ def _require_way(checkpoint: Path, adapter: checkpoints.Adapter | None, merge: b
 
 def _shapes(lists: Mapping[str, list[int]]) -> checkpoints.Shapes:
     return {name: tuple(shape) for name, shape in lists.items()}
-
-
-def _interpreter(weights: models.Weights, python: str | None) -> str:
-    """The one that is asked for, or the one that the run was trained with, if that is there, or this one."""
-    command = weights.run.record.get("command") if weights.run else None
-    trained_with = str(command[0]) if command else ""
-    return python or (trained_with if os.access(trained_with, os.X_OK) else sys.executable)
 
 
 def _require_sources(weights: models.Weights, with_weights: bool) -> None:

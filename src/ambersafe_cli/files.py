@@ -1,13 +1,27 @@
-"""Files of answers: written under another name first, so that they are whole or not there."""
+"""Files in folders that others may have filled: written under another name first, so that they are whole or not there.
+
+No link that lies there is followed to write, and what is read is a file of a size that fits its purpose: not a pipe, at
+which reading waits for ever.
+"""
 
 import contextlib
+import errno
+import functools
+import io
 import json
 import os
-from collections.abc import Iterable
+import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ambersafe_cli.errors import RunFolderError, UsageError
+
+LONGEST_LINE = 1 << 20
+"""Characters of a line of a log that are looked at at once."""
+
+LARGEST = 1 << 26
+"""Bytes of a file of settings, as run.json, that are read."""
 
 
 def expand(text: str | Path) -> Path:
@@ -31,6 +45,50 @@ def is_file(path: Path) -> bool:
     return os.path.isfile(path)  # noqa: PTH113, which raises for it
 
 
+def create(path: Path) -> int:
+    """Open a new file to write, in place of whatever has its name, and return the descriptor. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
+def append(path: Path) -> int:
+    """Open a file to write at its end, and return the descriptor. Raises OSError, for a link or what is no file too."""
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    info = os.fstat(handle)
+    if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1:
+        os.close(handle)
+        raise OSError(errno.EPERM, "it is no file of its own", str(path))
+    return handle
+
+
+def open_to_read(path: Path) -> BinaryIO:
+    """Open a file to read its bytes. Raises OSError, also for what is no file."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "it is no file", str(path))
+    return os.fdopen(handle, "rb")
+
+
+def read_text(path: Path) -> str:
+    """Read a file of settings. Raises OSError, also for what is no file or larger than such a file is; ValueError."""
+    with open_to_read(path) as file:
+        data = file.read(LARGEST + 1)
+    if len(data) > LARGEST:
+        raise OSError(errno.EFBIG, "it is too large", str(path))
+    return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """The lines of a log, with their ends as line feeds, and none in whole that is longer than LONGEST_LINE.
+
+    Raises OSError, also for what is no file.
+    """
+    with io.TextIOWrapper(open_to_read(path), encoding="utf-8", errors="replace") as file:
+        yield from iter(functools.partial(file.readline, LONGEST_LINE), "")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write an object as JSON, in place of an earlier one. Raises RunFolderError."""
     write_lines(path, [json.dumps(value, indent=2, ensure_ascii=False)])
@@ -40,7 +98,7 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Write lines, each with its line feed, in place of an earlier file. Raises RunFolderError."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
-        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        with os.fdopen(create(temporary), "w", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(f"{line}\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())

@@ -90,7 +90,7 @@ def _locked(folder: Path) -> Iterator[None]:
     """Hold a lock for this process, on a file beside the folder that goes with it."""
     path = _beside(folder, _LOCK)
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

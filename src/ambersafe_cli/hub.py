@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ambersafe_cli import files
 from ambersafe_cli import recipe as recipes
 from ambersafe_cli.files import expand
 from ambersafe_cli.overrides import assign
@@ -139,7 +140,7 @@ def shards(path: Path) -> list[str]:
     if not path.name.endswith(".index.json"):
         return []
     try:
-        found = sorted({str(file) for file in json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()})
+        found = sorted({str(file) for file in json.loads(files.read_text(path))["weight_map"].values()})
         if any(not 0 < len(os.fsencode(name)) < 256 for name in found):
             raise TypeError("no names of files")
         return found

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ambersafe_cli import metrics
+from ambersafe_cli import files, metrics
 
 FILE = "metrics.jsonl"
 _LATEST = 253_402_300_800.0
@@ -92,7 +92,7 @@ class Journal:
         """Append a line in one write, whole where the disk has room: who reads along sees it at once."""
         data = b"\n" + data if self._is_torn else data
         with contextlib.suppress(OSError):
-            file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            file = files.append(self._path)
             try:
                 self._is_torn = os.write(file, data) < len(data)
             finally:
@@ -101,7 +101,7 @@ class Journal:
 
 def _ends_with_line_feed(path: Path) -> bool:
     try:
-        with path.open("rb") as file:
+        with files.open_to_read(path) as file:
             return file.seek(0, os.SEEK_END) == 0 or (file.seek(-1, os.SEEK_END) and file.read(1)) == b"\n"
     except OSError:
         return False
@@ -130,7 +130,7 @@ class Follower:
         """The entries since the last call, without a last line that is not whole yet. Raises OSError."""
         if not self._path.exists():
             return
-        with self._path.open("rb") as file:
+        with files.open_to_read(self._path) as file:
             file.seek(self._offset)
             for line in file:
                 if not line.endswith(b"\n"):

@@ -82,19 +82,25 @@ def plan(
 
     argv = [assign(key, value) for key, value in stage.values.items()]
     argv += [assign("local_run_dir", str(run_folder)), assign("hydra.run.dir", str(run_folder / "hydra"))]
-    settings = {"SAFERLHF_DATASET": stage.data, "SAFERLHF_REVISION": stage.data_revision or "", "PYTHONUNBUFFERED": "1"}
+    added = settings(stage.data, stage.data_revision)
     start = [environment.python]
     if TORCHRUN_PATCH in applied and "FSDP" in stage.trainer:
         start += torchrun(environment.python_version, of, processes or 1)
-        settings |= machines.settings(of)
+        added |= machines.settings(of)
         if RESTART_PATCH in applied and not any(o.key == "resume" for o in stage.overrides):
             argv.append(assign("resume", NEWEST))
     argv += [override.text for override in stage.overrides if override.key != "local_run_dir"]
-    if user_name().startswith("uid-"):
-        settings["LOGNAME"] = user_name()  # upstream's getpass.getuser() would raise KeyError
     words = (*start, str(clone.train_py), *argv)
     world = (processes or 1) * of.count
-    return stage, Launch(run_folder, clone.folder, words, settings, world, tuple(notes), of)
+    return stage, Launch(run_folder, clone.folder, words, added, world, tuple(notes), of)
+
+
+def settings(data: str, revision: str | None) -> dict[str, str]:
+    """What the environment of train.py has to hold, besides what several machines need."""
+    found = {"SAFERLHF_DATASET": data, "SAFERLHF_REVISION": revision or "", "PYTHONUNBUFFERED": "1"}
+    if user_name().startswith("uid-"):
+        found["LOGNAME"] = user_name()  # upstream's getpass.getuser() would raise KeyError
+    return found
 
 
 def _require_patches(stage: Stage, applied: Collection[str], processes: int | None, of: Machines) -> None:

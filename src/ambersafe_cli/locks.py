@@ -27,7 +27,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     deadline = time.monotonic() + 1  # who only asks whether it is held has it for a moment
     try:
-        handle = os.open(folder / FILE, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = os.open(folder / FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         raise RunFolderError(f"Cannot write {folder / FILE}: {error.strerror}") from error
     try:
@@ -54,7 +54,7 @@ def _try(handle: int, kind: int) -> bool:
 def is_held(folder: Path) -> bool:
     """Whether a process has the run, on this machine or on a shared disk that has locks."""
     try:
-        handle = os.open(folder / FILE, os.O_RDONLY)
+        handle = os.open(folder / FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return False
     try:
@@ -92,7 +92,7 @@ def _now_on_disk(folder: Path) -> float:
 def ask_to_stop(folder: Path) -> None:
     """Leave a word for the process that has the run, on whatever machine it is. Raises RunFolderError."""
     try:
-        (folder / _STOP).touch()
+        os.close(os.open(folder / _STOP, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))
     except OSError as error:
         raise RunFolderError(f"Cannot write {folder / _STOP}: {error.strerror}") from error
 

@@ -79,7 +79,9 @@ def in_slurm(environment: Mapping[str, str], count: int, restarts: int, patience
 def _scontrol(what: str, name: str) -> str:
     command = ["scontrol", "--oneliner", "show", what, name]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        return subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True, timeout=60
+        ).stdout
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or error
         raise MachinesError(f"scontrol does not tell the hosts of this job: {said}") from error
@@ -111,7 +113,6 @@ def torchrun_words(machines: Machines, processes: int) -> list[str]:
 
 
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-SETTINGS = ("DPO_NODE_RANK", *_INTERFACES, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE")
 
 
 def settings(machines: Machines) -> dict[str, str]:

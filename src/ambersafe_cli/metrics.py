@@ -2,12 +2,14 @@
 
 import ast
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from ambersafe_cli import files
 from ambersafe_cli.errors import RunFolderError
 
 # Upstream, trainers.py: "train stats after N examples: {...}", "eval after N: {...}"; the floats in them are strings.
@@ -137,7 +139,7 @@ def _values(text: str) -> Mapping[str, float]:
 def begin_attempt(log: Path, number: int) -> None:
     """Mark, in a run's log, that what follows comes from a further attempt. Raises RunFolderError."""
     try:
-        with log.open("a", encoding="utf-8") as file:
+        with os.fdopen(files.append(log), "a", encoding="utf-8") as file:
             file.write(f"\n{_ATTEMPT}{number}\n")
     except OSError as error:
         raise RunFolderError(f"Cannot write {log}: {error.strerror}") from error
@@ -160,8 +162,15 @@ def parse(lines: Iterable[str]) -> Iterator[Found]:
 def read(path: Path) -> Iterator[Found]:
     """Read a run's train.log one by one; one that is not there is an empty one."""
     if path.exists():
-        with path.open(encoding="utf-8", errors="replace") as file:
-            yield from parse(file)
+        yield from parse(_lines(path))
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Raises RunFolderError for what cannot be read, or is no file."""
+    try:
+        yield from files.read_lines(path)
+    except OSError as error:
+        raise RunFolderError(f"Cannot read {path}: {error.strerror}.") from error
 
 
 def _without_superseded(path: Path) -> Iterator[str]:
@@ -171,15 +180,14 @@ def _without_superseded(path: Path) -> Iterator[str]:
     """
     step = ""
     if path.exists():
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for line in file:
-                if _STEP.fullmatch(line):
-                    step = line
-                    continue
-                if step and not line.startswith("skipping logging"):
-                    yield step
-                    step = ""
-                yield line
+        for line in _lines(path):
+            if _STEP.fullmatch(line):
+                step = line
+                continue
+            if step and not line.startswith("skipping logging"):
+                yield step
+                step = ""
+            yield line
     if step:
         yield step
 

@@ -13,6 +13,7 @@ from ambersafe_cli import (
     curves,
     display,
     figures,
+    files,
     following,
     health,
     journal,
@@ -229,7 +230,7 @@ def _read(run: runs.Run, file: str, command: str, parse: Callable[[Any], _T], pr
     path = run.folder / file
     how = f"`{shlex.join(['ambersafe', command, named(run)])}` makes it, then make this report again."
     try:
-        return parse(json.loads(path.read_text(encoding="utf-8")))
+        return parse(json.loads(files.read_text(path)))
     except FileNotFoundError:
         problems.append(f"There is no {file} of {run.folder.name} yet: {how}")
     except OSError as error:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ambersafe_cli import adapter_findings, checkpoints, clone_config, data_findings, hub, integrity, models
+from ambersafe_cli import adapter_findings, checkpoints, clone_config, data_findings, files, hub, integrity, models
 from ambersafe_cli.environment import INSTALL_HINT
 from ambersafe_cli.errors import ArchiveError
 from ambersafe_cli.findings import Finding
@@ -206,9 +206,9 @@ def _of_sources(subject: Subject, lacking: Mapping[hub.Source, list[str]]) -> It
     """What is not on this machine: an error without a network, and where no download would mend it."""
     offline = hub.offline_by()
     command = hub.prefetch_command(subject.stage, tuple(lacking), subject.environment.python)
-    for source, files in lacking.items():
-        problem = hub.problem(source, files)
-        if not files:
+    for source, absent in lacking.items():
+        problem = hub.problem(source, absent)
+        if not absent:
             continue
         if not source.could_be_fetched:
             yield Finding("error", f"{problem}.", "--model takes a whole folder, or a name on the hub (ORG/NAME).")
@@ -239,7 +239,7 @@ def _of_archive(subject: Subject, config: Mapping[str, Any], model: checkpoints.
 
 
 def _architectures(model: Path) -> list[str]:
-    found = json.loads((model / "config.json").read_text(encoding="utf-8")).get("architectures")
+    found = json.loads(files.read_text(model / "config.json")).get("architectures")
     return [str(each) for each in found or []]
 
 

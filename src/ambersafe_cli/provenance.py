@@ -43,12 +43,15 @@ _SECRET = re.compile(
     r"""://[^/\s:@]*:[^/\s@]+@           # a URL with a password
     | \bhf_[A-Za-z0-9]{20,}              # tokens of Hugging Face, GitHub, OpenAI and the like, AWS
     | \bgh[pousr]_[A-Za-z0-9]{20,} | \bgithub_pat_\w{20,} | \bsk-[\w-]{20,} | \bAKIA[A-Z0-9]{16}\b
+    | \bglpat-[\w-]{20,} | \bxox[abeoprs]-[\w-]{10,}   # of GitLab, of Slack
+    | ://[^/\s:@]{16,}@                  # a URL with a token for a name
+    | [?&](private_|access_|auth_|api_)?(token|key)=[^&\s]{8,}
     | -----BEGIN\ [A-Z ]*PRIVATE\ KEY""",
     re.VERBOSE,
 )
 _NAME_OF_A_SECRET = re.compile(
     r"(^|_)(secret|password|passwd|passphrase|credentials?|(api|secret|access|private)_?key"
-    r"|(auth|access|api|hf|hub|bearer)_?token)$|^token$",
+    r"|(auth|access|api|hf|hub|bearer|private)_?token)$|^token$|^key$",
     re.IGNORECASE,
 )
 
@@ -66,6 +69,16 @@ def require_no_secret(settings: Iterable[tuple[str, object]]) -> None:
                 "list of processes.",
                 "Put it into the environment, e.g. HF_TOKEN or WANDB_API_KEY, or take the password out of the URL.",
             )
+
+
+def require_no_secret_for_slurm(options: Sequence[str]) -> None:
+    """The same of options for sbatch, which get into slurm.sh; `--export` may set variables by name."""
+    pairs = [option.lstrip("-").partition("=") for option in options]
+    settings: list[tuple[str, object]] = [(f"--{name}", value) for name, _, value in pairs]
+    for name, _, value in pairs:
+        if name == "export":
+            settings += [(key, text) for key, _, text in (each.partition("=") for each in value.split(","))]
+    require_no_secret(settings)
 
 
 def of_clone(clone: "CloneState", can_resume: bool) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,21 @@ from ambersafe_cli.errors import SlurmError
 
 
 def submit(
-    folder: Path, record: runs.Record, name: str, wish: slurm.Wish, processes: int, after: str | None = None
+    folder: Path,
+    record: runs.Record,
+    name: str,
+    wish: slurm.Wish,
+    processes: int,
+    flags: Sequence[str],
+    after: str | None = None,
 ) -> str:
     """Make a run's folder, record and script, hand it to Slurm, and return the job's id.
 
-    `processes` are those of each machine, `after` is the job that must have ended well before. Raises SlurmError,
+    `processes` are those of each machine, `flags` those of `resume`, `after` is the job that must have ended well
+    before. Raises SlurmError,
     RunFolderError.
     """
-    text = slurm.script(wish, folder, name)
+    text = slurm.script(wish, folder, name, flags)
     runs.make(folder)
     path = folder / slurm.SCRIPT
     files.write_lines(path, text.splitlines())

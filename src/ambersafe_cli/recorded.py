@@ -1,36 +1,116 @@
-"""What a run's record says, for whoever goes on with the run or does it again: its clone, command, commits, inputs."""
+"""What a run's record may say to whoever goes on with the run or does it again: KEY=VALUE, a clone, inputs.
 
+A record may be another's: it says what is trained, and decides neither which program is started, nor with which
+environment; see "What is trusted" in scripts/README.md.
+"""
+
+import re
+import shlex
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ambersafe_cli import data_findings, display, metrics, patches, provenance, runs, upstream, worktrees
-from ambersafe_cli.errors import AmberSafeError, ArchiveError, CloneError, DataError
-from ambersafe_cli.overrides import assign
+from ambersafe_cli import data_findings, display, launch, metrics, patches, provenance, runs, upstream, worktrees
+from ambersafe_cli.errors import AmberSafeError, ArchiveError, CloneError, DataError, RunFolderError, UsageError
+from ambersafe_cli.overrides import assign, parse_overrides
+from ambersafe_cli.untouched import require_untouched
+
+# Hydra starts what its own keys name; a key that begins with _ is its for making objects; and of a group it reads a
+# file, which may lie anywhere.
+_KEY = re.compile(r"(?!(?:hydra|defaults)\b)[A-Za-z]\w*(?:\.[A-Za-z]\w*)*")
+_GROUPS = ("model", "loss")
+_REFERENCE = re.compile(r"\$\{[\w.]+\}")
 
 
 def clone(upstreams: Mapping[str, Any], allow_modified: bool) -> Path:
     """The folder that holds upstream as a run was started with it: the clone, or a worktree if that has moved on.
 
-    Raises CloneError where that cannot be had, unless it is allowed: the numbers would not be the run's.
+    Raises CloneError where that cannot be had, or is not what the series makes, unless it is allowed.
     """
     folder = Path(upstreams["folder"])
     state = upstream.inspect(folder, patches.read_series())
-    if (state.head, state.edits) == (upstreams["head"], upstreams.get("edits")):
-        return folder
+    is_as_then = (state.head, state.edits) == (upstreams["head"], upstreams.get("edits"))
     now = f"{folder} is at {state.head[:12]}{' with edits' if state.edited else ''}"
     then = f"the run was started with {upstreams['head'][:12]}{' with edits' if upstreams['edited'] else ''}"
     try:
-        if upstreams["edited"]:
+        if not is_as_then and upstreams["edited"]:
             raise CloneError(f"{now}; {then}.", "--allow-modified goes on with it as it is.")
-        worktree = worktrees.folder_at(folder, upstreams["head"])
+        found = folder if is_as_then else worktrees.folder_at(folder, upstreams["head"])
+        require_untouched(found, upstreams["head"], patches.read_series())
     except CloneError as error:
         if not allow_modified:
             raise
         display.warn(f"{error.message} It goes on with that.")
         return folder
-    display.warn(f"{now}, and {then}: that is in {worktree}")
-    return worktree
+    if not is_as_then:
+        display.warn(f"{now}, and {then}: that is in {found}")
+    return found
+
+
+def interpreter(record: runs.Record, given: str | None) -> str:
+    """The Python that a run goes on with: the one that is given, else this one.
+
+    Raises UsageError if the run was trained with another: what it names is not started before somebody says so.
+    """
+    then = record["command"][0]
+    if given is not None or is_this(then):
+        return given or sys.executable
+    raise UsageError(
+        f"The run was trained with {then}, and this is {sys.executable}.",
+        f"Name the one to go on with: --python {shlex.quote(then)}, or --python {shlex.quote(sys.executable)}.",
+    )
+
+
+def is_this(python: str) -> bool:
+    """Whether an interpreter is this one, by whatever name in the same folder."""
+    then, this = Path(python), Path(sys.executable)
+    try:
+        return then == this or (then.parent.resolve() == this.parent.resolve() and then.resolve() == this.resolve())
+    except (OSError, RuntimeError):
+        return False
+
+
+def words(record: runs.Record, folder: Path) -> list[str]:
+    """What train.py was told, KEY=VALUE each, with another run folder.
+
+    Raises RunFolderError for what would have it start or read something else than a training does.
+    """
+    own = {"local_run_dir": folder, "hydra.run.dir": folder / "hydra"}
+    found = []
+    for word in _behind_the_script(record["command"]):
+        key = word.partition("=")[0]
+        if key not in own and not _is_setting(word):
+            raise RunFolderError(
+                f"The run's record has {word!r} for train.py, which may start or read something else than a training "
+                "does.",
+                "If that is your own, start the stage again.",
+            )
+        found.append(assign(key, str(own[key])) if key in own else word)
+    return found
+
+
+def _behind_the_script(command: list[str]) -> list[str]:
+    """The words of a command behind train.py; none if it does not run that."""
+    scripts = [place for place, word in enumerate(command) if "=" not in word and Path(word).name == "train.py"]
+    return command[scripts[0] + 1 :] if scripts else []
+
+
+def _is_setting(word: str) -> bool:
+    try:
+        (override,) = parse_overrides([word])
+    except UsageError:
+        return False
+    text = word.partition("=")[2]
+    if "${" in _REFERENCE.sub("", text):
+        return False
+    return bool(_KEY.fullmatch(override.key)) and (override.key not in _GROUPS or bool(re.fullmatch(r"[\w-]+", text)))
+
+
+def settings(record: runs.Record) -> dict[str, str]:
+    """What a run adds to the environment of train.py: where its rows are, and nothing else that the record says."""
+    then = record["environment"]
+    return launch.settings(then.get("SAFERLHF_DATASET", ""), then.get("SAFERLHF_REVISION"))
 
 
 def pinned(record: runs.Record, folder: Path) -> tuple[list[str], dict[str, str]]:
@@ -39,8 +119,8 @@ def pinned(record: runs.Record, folder: Path) -> tuple[list[str], dict[str, str]
     log = metrics.read_log(folder / "train.log")
     model = record["model"].get("commit") or log.model_commit
     data = record["data"].get("commit") or log.data_commit
-    settings = {**record["environment"], **({"SAFERLHF_REVISION": data} if data else {})}
-    return [assign("model.revision", model)] if model else [], settings
+    found = settings(record) | ({"SAFERLHF_REVISION": data} if data else {})
+    return [assign("model.revision", model)] if model else [], found
 
 
 def changed_inputs(record: runs.Record, settings: Mapping[str, str], python: str) -> Iterator[AmberSafeError]:
@@ -57,15 +137,3 @@ def changed_inputs(record: runs.Record, settings: Mapping[str, str], python: str
             f"The rows of {record['data'].get('name')} are not those that the run was started with.",
             "Put those back, or start the stage again; --allow-modified goes on with these.",
         )
-
-
-def command(record: runs.Record, clone: Path, folder: Path, python: str | None) -> list[str]:
-    """The command of a run's first attempt, in another run folder, with another clone's train.py and another Python."""
-    places = {"local_run_dir": folder, "hydra.run.dir": folder / "hydra"}
-    words = [python or record["command"][0]]
-    for word in record["command"][1:]:
-        key = word.partition("=")[0]
-        if key in places:
-            word = assign(key, str(places[key]))
-        words.append(str(clone / "train.py") if key == word and Path(word).name == "train.py" else word)
-    return words

@@ -69,15 +69,23 @@ def _prepare(folder: Path, record: runs.Record, python: str | None, allow_modifi
         data=record["data"]["name"],
         data_revision=settings.get("SAFERLHF_REVISION") or None,
     )
-    command = [*recorded.command(record, clone, new, python), *pins]
     of = machines.Machines(**(record.get("machines") or {}))
+    processes = int(record.get("processes") or 1)
+    python = recorded.interpreter(record, python)
+    display.say(f"runs {clone / 'train.py'} with {python}")
+    training = environment.probe(python, ask_torch=True)
+    start = []
+    if launch.TORCHRUN in record["command"]:
+        start = launch.torchrun(training.python_version, of, max(1, processes // of.count))
+        settings |= machines.settings(of)
+    command = (training.python, *start, str(clone / "train.py"), *recorded.words(record, new), *pins)
     known = {field.name for field in fields(recipe.Recipe)}
     return stages.Prepared(
         stage=stage,
-        launch=launch.Launch(new, clone, tuple(command), settings, int(record.get("processes") or 1), (), of),
+        launch=launch.Launch(new, clone, command, settings, processes, (), of),
         clone=upstream.inspect(clone, patches.read_series()),
         recipe=recipe.Recipe(**{key: value for key, value in record["recipe"].items() if key in known}),
-        environment=environment.probe(command[0], ask_torch=True),
+        environment=training,
         sft_run=Path(record["sft_run"]) if record.get("sft_run") else None,
         next_command=[word.replace(str(folder), str(new)) for word in record["next_command"]],
         allow_modified=allow_modified,

@@ -113,6 +113,7 @@ def resume(
                 "head": state.head,
                 "tree": state.tree,
                 "edited": list(state.edited),
+                "edits": state.edits,
             },
         }
         return attempts.attempt(plan, record, plain, also)
@@ -139,15 +140,17 @@ def _again(
     """
     clone = recorded.clone(record["upstream"], allow_modified)
     pins, settings = recorded.pinned(record, folder)
-    command = [*recorded.command(record, clone, folder, python), *pins]
-    training = environment.probe(command[0], ask_torch=True)
+    words = [*recorded.words(record, folder), *pins]
+    python = recorded.interpreter(record, python)
+    display.say(f"runs {clone / 'train.py'} with {python}")
+    training = environment.probe(python, ask_torch=True)
     training.require_packages()
+    start: list[str] = []
     of, processes = _fit(folder, ranks, record)
     _require_equal_parts(runs.Run(folder, record, record["status"]), processes * of.count)
-    if launch.TORCHRUN in command:
-        script = command.index(str(clone / "train.py"))
-        command[1:script] = launch.torchrun(training.python_version, of, processes)
-        settings = {k: v for k, v in settings.items() if k not in machines.SETTINGS} | machines.settings(of)
+    if launch.TORCHRUN in record["command"]:
+        start = launch.torchrun(training.python_version, of, processes)
+        settings |= machines.settings(of)
         if training.gpus and processes > len(training.gpus):
             raise UsageError(
                 f"The run goes on in {processes} processes, and there are {len(training.gpus)} GPUs here.",
@@ -155,7 +158,8 @@ def _again(
             )
     elif ranks != Ranks():
         raise UsageError("The run trains in one process, without torchrun.", "Start the stage again with --nproc.")
-    return launch.Launch(folder, clone, tuple(command), settings, processes * of.count, (), of), training
+    command = (training.python, *start, str(clone / "train.py"), *words)
+    return launch.Launch(folder, clone, command, settings, processes * of.count, (), of), training
 
 
 def _require_room(run: runs.Run, newest: Path) -> None:

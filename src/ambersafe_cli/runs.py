@@ -10,13 +10,14 @@ import math
 import os
 import secrets
 import socket
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ambersafe_cli import by_hand as handmade
-from ambersafe_cli import display, locks, records
+from ambersafe_cli import display, files, locks, records
 from ambersafe_cli.errors import ArchiveError, RunFolderError, UsageError
 from ambersafe_cli.overrides import parse_overrides
 
@@ -57,12 +58,29 @@ def folder_for(exp_name: str) -> Path:
 def make(folder: Path) -> None:
     """Make a run's folder. Raises RunFolderError if that cannot be done, UsageError if it holds something already."""
     try:
+        share_cache(folder)
         folder.mkdir(parents=True, exist_ok=True)
         require_empty(folder)
     except OSError as error:
         raise RunFolderError(
             f"Cannot make the run folder {folder}: {error.strerror}", "Run from a folder that you can write."
         ) from error
+
+
+def share_cache(folder: Path) -> None:
+    """Make `.cache` of a working folder, if `folder` is to lie in it, so that whoever may write in the working folder
+    may have a folder of their own there. Raises OSError."""
+    cache = Path.cwd() / ".cache"
+    if not folder.is_relative_to(cache) or cache.exists():
+        return
+    around = Path.cwd().stat()
+    if not around.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return
+    with contextlib.suppress(FileExistsError):
+        cache.mkdir()
+        with contextlib.suppress(OSError):  # who is not of that group
+            os.chown(cache, -1, around.st_gid)
+        cache.chmod(stat.S_IMODE(around.st_mode))
 
 
 def require_empty(folder: Path) -> None:
@@ -77,7 +95,7 @@ def write(folder: Path, record: Mapping[str, Any]) -> None:
     temporary = folder / f"run.json.{secrets.token_hex(4)}.new"
     try:
         # A path that is not UTF-8 has code points of its own in Python; their escapes are JSON's.
-        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        with os.fdopen(files.create(temporary), "w", encoding="utf-8", errors="backslashreplace") as file:
             json.dump({"schema": records.SCHEMA, **record}, file, indent=2, ensure_ascii=False)
             file.write("\n")
             file.flush()
@@ -96,7 +114,7 @@ def read(folder: Path) -> Record | None:
     """
     path = folder / "run.json"
     try:
-        record = records.parse(path.read_text(encoding="utf-8"))
+        record = records.parse(files.read_text(path))
         wrong = records.problem(record)
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -254,7 +272,7 @@ def best_checkpoint(folder: Path, metric: str) -> tuple[Path, float] | None:
     values = {}
     for path in (folder / "LATEST", *steps(folder)):
         with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError, OverflowError):
-            value = json.loads((path / "metrics.json").read_text(encoding="utf-8")).get(metric)
+            value = json.loads(files.read_text(path / "metrics.json")).get(metric)
             if isinstance(value, int | float) and math.isfinite(value):
                 values[path] = float(value)
     if not values:

@@ -57,13 +57,15 @@ def run(request: Request) -> None:
     own = as_trained.adapter_of(sampled)
     precisions = [as_trained.policy_precision(config, as_trained.adapter_of(each) or own) for each in every]
     children = [as_trained.for_child(each, precision) for each, precision in zip(every, precisions, strict=True)]
+    clone = as_trained.clone(sampled.run, request.clone)
+    display.say(f"runs the code of {clone} with {request.python}")
     as_trained.require_packages(request.python, every, [child["quantize"] for child in children])
     templates = [_template(request, each, config["template"]) for each in every]
     answer = asking.ask(
         request.python,
         "generate.py",
         {
-            "clone": str(as_trained.clone(sampled.run, request.clone)),
+            "clone": str(clone),
             "models": [{**child, "template": template} for child, template in zip(children, templates, strict=True)],
             "prompts": given,
             "rows": rows and {"datasets": rows.datasets, "split": "test", "count": DEFAULT_PROMPTS},

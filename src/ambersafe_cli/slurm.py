@@ -6,7 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,8 +115,9 @@ def is_job_of(run_folder: Path) -> bool:
     return os.environ.get(MARK) == str(run_folder) and "SLURM_JOB_ID" in os.environ
 
 
-def script(wish: Wish, run_folder: Path, name: str) -> str:
-    """The batch script of a run: on each machine one task, which goes on with the run until it has come to its end.
+def script(wish: Wish, run_folder: Path, name: str, flags: Sequence[str]) -> str:
+    """The batch script of a run: on each machine one task, which goes on with the run until it has come to its end,
+    with these flags of `resume`.
 
     Raises UsageError for what would end a line of it.
     """
@@ -134,7 +135,7 @@ def script(wish: Wish, run_folder: Path, name: str) -> str:
         f"--signal=USR1@{WARNING}",
         *wish.others,
     ]
-    for text in (name, str(run_folder), sys.executable, *options):
+    for text in (name, str(run_folder), sys.executable, *flags, *options):
         if not text.isprintable():
             raise UsageError(f"{text!r} cannot stand in a batch script.", "Give another name.")
     lines = [
@@ -146,7 +147,7 @@ def script(wish: Wish, run_folder: Path, name: str) -> str:
         "# they go on from the newest checkpoint.",
         f"export {MARK}={shlex.quote(str(run_folder))}",
         'srun --kill-on-bad-exit=0 --wait=0 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \\',
-        f"  {shlex.join([sys.executable, '-P', '-m', 'ambersafe_cli', 'resume', str(run_folder)])}",
+        f"  {shlex.join([sys.executable, '-P', '-m', 'ambersafe_cli', 'resume', str(run_folder), *flags])}",
         "status=$?",
         "",
         f"# {AGAIN[0]}: SIGUSR1, {WARNING} s before the time limit; {AGAIN[1]}: SIGTERM, to make room for another job.",
@@ -210,7 +211,9 @@ def cancel(job: str) -> None:
 
 def _ask(command: list[str], failure: str, gone: str | None = None) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=60
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise SlurmError(f"{failure}: {error}.") from error
     said = re.sub(rf"^{command[0]}: (error: )?", "", done.stderr.strip(), flags=re.MULTILINE)

@@ -20,6 +20,7 @@ from ambersafe_cli import (
     preflight,
     provenance,
     queueing,
+    recorded,
     runs,
     slurm,
     tensorboard_files,
@@ -62,7 +63,15 @@ def queue(prepared: "Prepared", report: preflight.Report | None, request: Reques
     _show_notes(prepared)
     launched, name = prepared.launch, str(prepared.stage.get("exp_name"))
     processes = launched.processes // request.slurm.nodes
-    return queueing.submit(launched.run_folder, _record(prepared, report), name, request.slurm, processes, after)
+    flags = _flags_of_resume(prepared)
+    return queueing.submit(launched.run_folder, _record(prepared, report), name, request.slurm, processes, flags, after)
+
+
+def _flags_of_resume(prepared: "Prepared") -> list[str]:
+    """What `ambersafe resume` has to be told, besides the run, to go on with it as it was started."""
+    python = prepared.environment.python
+    flags = [] if recorded.is_this(python) else ["--python", python]
+    return [*flags, *(["--allow-modified"] if prepared.allow_modified else [])]
 
 
 def show(prepared: "Prepared", request: Request) -> None:
@@ -70,7 +79,9 @@ def show(prepared: "Prepared", request: Request) -> None:
     _show_notes(prepared)
     if request.slurm:
         name = str(prepared.stage.get("exp_name"))
-        display.write(slurm.script(request.slurm, prepared.launch.run_folder, name).rstrip("\n"))
+        display.write(
+            slurm.script(request.slurm, prepared.launch.run_folder, name, _flags_of_resume(prepared)).rstrip("\n")
+        )
     else:
         display.write(prepared.launch.as_shell())
 
@@ -134,7 +145,7 @@ def start(
         with locks.locked(folder):
             runs.require_empty(folder)  # another run may have been here since it was made
             runs.write(folder, {**record, **begun, "status": "running"})
-        return control.detach(folder, None, prepared.allow_modified)
+        return control.detach(folder, prepared.environment.python, prepared.allow_modified)
     return attempts.run(prepared.launch, record, plain)
 
 
@@ -161,6 +172,7 @@ def prepare(request: Request) -> Prepared:
     chosen = recipes.load(request.recipe)
     stage = recipes.resolve(request.stage, chosen, request.flags, request.overrides)
     provenance.require_no_secret(_settings(chosen, stage))
+    provenance.require_no_secret_for_slurm(request.slurm.others if request.slurm else ())
     clone = upstream.inspect(request.clone, patches.read_series())
     if stage.data and not _has(clone, SAFERLHF_PATCH):
         raise CloneError(f"{clone.folder} lacks the patch that adds saferlhf.", "Apply it: `ambersafe setup`.")

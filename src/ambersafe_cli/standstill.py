@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from ambersafe_cli import health
+from ambersafe_cli import files, health
 
 _SAID = re.compile(
     r"^(?:WARNING: |error: rank \d+ on .{1,255}? ends: )stuck for (\d{1,9}) seconds: (?:in )?(.{1,500})$"
@@ -27,7 +27,7 @@ def parse_line(line: str) -> str | None:
 def of_run(folder: Path) -> str | None:
     """The same of a run, by the end of its train.log; None if it got on again."""
     try:
-        with (folder / "train.log").open("rb") as file:
+        with files.open_to_read(folder / "train.log") as file:
             file.seek(max(0, file.seek(0, 2) - _TAIL))
             lines = file.read().decode(errors="replace").splitlines()
     except OSError:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ambersafe_cli import curves, display, extras, journal, metrics
+from ambersafe_cli import curves, display, extras, files, journal, metrics
 from ambersafe_cli.errors import RunFolderError
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class _Writer:
         self._attempt = attempt
         self._is_restart = attempt > 1
         self._last: metrics.Record | None = None
-        self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666), "wb", 0)
+        self._file = os.fdopen(files.create(path), "wb", 0)
         self._records = RecordWriter(self._file)
         self._write(file_version="brain.Event:2")
 

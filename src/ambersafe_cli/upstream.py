@@ -10,17 +10,23 @@ import fcntl
 import hashlib
 import os
 import re
-import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # or importing GitPython fails where there is no git
 import git
 
-from ambersafe_cli.errors import CloneError, GitError, PatchError
+from ambersafe_cli.errors import CloneError, PatchError
+from ambersafe_cli.git_calls import (
+    COMMITTER_EMAIL,
+    git_errors,
+    require_git,
+    what_git_said,
+    with_own_settings,
+    without_secrets,
+)
 from ambersafe_cli.patches import Patch, normal_diff
 
 UPSTREAM_URL = "https://github.com/eric-mitchell/direct-preference-optimization.git"
@@ -28,29 +34,6 @@ PINNED_COMMIT = "f8b8c0f49dc92a430bae41585f9d467d3618fe2f"
 DEFAULT_FOLDER = "direct-preference-optimization"
 BRANCH = "ambersafe"
 BASE_REF = "refs/ambersafe/base"
-COMMITTER_NAME = "ambersafe-cli"
-COMMITTER_EMAIL = "ambersafe-cli@users.noreply.github.com"
-
-# A user's hooks, signing and whitespace settings would stop `git am`, or change the ids that it makes.
-_OWN_SETTINGS = (
-    "core.hooksPath=/dev/null",
-    "core.autocrlf=false",
-    "core.fsmonitor=false",
-    "commit.gpgSign=false",
-    "apply.whitespace=nowarn",
-    "am.threeWay=false",
-    "mailinfo.scissors=false",
-    "i18n.commitEncoding=UTF-8",
-    "i18n.logOutputEncoding=UTF-8",
-    "log.showSignature=false",
-)
-# No prompt may wait, and a network that only drops packets is given up.
-NETWORK_ENVIRONMENT = {
-    "GIT_TERMINAL_PROMPT": "0",
-    "GIT_SSH_COMMAND": os.environ.get("GIT_SSH_COMMAND", "ssh -o BatchMode=yes -o ConnectTimeout=30"),
-    "GIT_HTTP_LOW_SPEED_LIMIT": "1000",
-    "GIT_HTTP_LOW_SPEED_TIME": "60",
-}
 
 
 @dataclass(frozen=True)
@@ -90,44 +73,6 @@ class CloneState:
         wanted = {patch.name for patch in patches}
         as_wanted = all(p.state == ("applied" if p.patch.name in wanted else "missing") for p in self.patches)
         return self.base == base and as_wanted and not self.foreign and not self.edited
-
-
-def require_git() -> None:
-    """Raise GitError unless there is a git, and forget what a git hook that runs us says about its own repository."""
-    if shutil.which("git") is None:
-        raise GitError("git is not installed, or not on PATH.", "Install git, e.g. `apt install git`.")
-    for variable in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
-        os.environ.pop(variable, None)
-
-
-@contextlib.contextmanager
-def git_errors(doing: str, hint: str = "") -> Iterator[None]:
-    """Turn a failed git command into a GitError that shows what git itself said."""
-    require_git()
-    try:
-        yield
-    except git.GitCommandError as error:
-        raise GitError(f"{doing} failed: {what_git_said(error)}", hint) from error
-
-
-def without_secrets(text: str) -> str:
-    """Take the user name and password out of every URL."""
-    return re.sub(r"(\w://)[^/\s]+@", r"\1", text)
-
-
-def what_git_said(error: git.GitError) -> str:
-    """What git printed, without GitPython's frame."""
-    text = (getattr(error, "stderr", "") or getattr(error, "stdout", "") or str(error)).strip()
-    return without_secrets(re.sub(r"^std(err|out): '|'$", "", text).strip())
-
-
-def with_own_settings(repo: git.Repo) -> git.Repo:
-    """Make every further command of `repo` run with our settings and committer."""
-    repo.git.set_persistent_git_options(c=list(_OWN_SETTINGS))
-    author = {"GIT_AUTHOR_NAME": COMMITTER_NAME, "GIT_AUTHOR_EMAIL": COMMITTER_EMAIL}
-    committer = {"GIT_COMMITTER_NAME": COMMITTER_NAME, "GIT_COMMITTER_EMAIL": COMMITTER_EMAIL}
-    repo.git.update_environment(**author, **committer, **NETWORK_ENVIRONMENT)
-    return repo
 
 
 def open_clone(folder: Path) -> git.Repo:
@@ -190,7 +135,10 @@ def inspect_repository(repo: git.Repo, folder: Path, series: Sequence[Patch]) ->
         state: Literal["applied", "missing", "altered"] = "missing"
         if commit := id_of.get(patch.subject):
             # Not `git show`: how that writes a diff is the user's to configure.
-            same = commit == patch.commit or normal_diff(repo.git.diff_tree("-p", "-M", commit)) == patch.diff
+            same = (
+                commit == patch.commit
+                or normal_diff(repo.git.diff_tree("-p", "-M", "--no-ext-diff", "--no-textconv", commit)) == patch.diff
+            )
             state = "applied" if same else "altered"
         states.append(PatchState(patch, state))
 
@@ -245,30 +193,47 @@ def _failed_hunk(patch: Path, said: str) -> str:
 
 
 @contextlib.contextmanager
-def in_use(folder: Path) -> Iterator[None]:
-    """Keep setup from changing the clone in `folder` as long as a training runs from it."""
+def in_use(folder: Path, recorded: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """Keep setup from changing the clone in `folder` as long as a training runs from it.
+
+    Raises CloneError if a setup changed it just before: it has another head, or other edits, than were recorded.
+    """
     handle = os.open(folder / ".git", os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_SH)
+        if recorded:
+            state = inspect(folder, ())
+            if (state.head, state.edits) != (recorded["head"], recorded["edits"]):
+                raise CloneError(f"{folder} was changed since this command looked at it.", "Give the command again.")
         yield
     finally:
         os.close(handle)
 
 
-def require_unused(repo: git.Repo, folder: Path) -> None:
-    """Raise CloneError if a training runs from the clone."""
-    handle = os.open(repo.git_dir, os.O_RDONLY)
+@contextlib.contextmanager
+def unused(folder: Path) -> Iterator[None]:
+    """Keep trainings from beginning in a clone as long as it is changed. Raises CloneError if one runs from it."""
+    try:
+        handle = os.open(folder / ".git", os.O_RDONLY)
+    except FileNotFoundError:  # half made
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):  # not every network file system has locks
+            _lock_alone(handle, folder)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock_alone(handle: int, folder: Path) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise CloneError(
             f"A training runs from {folder}: its files must stay as they are.", "Wait for it, or use another --dir."
         ) from error
-    except OSError:
-        return
-    finally:
-        os.close(handle)
 
 
 def is_empty(folder: Path) -> bool:
@@ -286,5 +251,5 @@ def changed_files(repo: git.Repo, *between: str) -> list[str]:
 
 def _fingerprint_of_edits(repo: git.Repo) -> str:
     # Not `git diff`: how that writes one is the user's to configure.
-    changes = repo.git.diff_index("-p", "--binary", "HEAD", stdout_as_string=False)
+    changes = repo.git.diff_index("-p", "--binary", "--no-ext-diff", "--no-textconv", "HEAD", stdout_as_string=False)
     return hashlib.sha256(changes).hexdigest()

@@ -1,11 +1,13 @@
 """`ambersafe watch`: the live view of a run that another process, or another machine, has."""
 
+import codecs
 import contextlib
 import threading
 import time
 from pathlib import Path
 
-from ambersafe_cli import display, following, journal, live, runs, slurm
+from ambersafe_cli import display, files, following, journal, live, runs, slurm
+from ambersafe_cli.errors import RunFolderError
 
 _FOOTER = "Ctrl-C leaves; the run goes on."
 
@@ -13,13 +15,18 @@ _FOOTER = "Ctrl-C leaves; the run goes on."
 def run(name: str | None, plain: bool) -> None:
     """Show a run, by default the newest, until it has ended; off a terminal, or `plain`, copy its train.log.
 
-    Raises UsageError if there is none.
+    Raises UsageError if there is none, RunFolderError if the log cannot be read.
     """
     found = runs.open_run(name)
     with contextlib.suppress(KeyboardInterrupt):
         found = _when_it_begins(found)
     if plain or not live.is_possible():
-        _copy(found.folder)
+        try:
+            _copy(found.folder)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise RunFolderError(f"Cannot read {found.folder / 'train.log'}: {error.strerror}.") from error
         return
     state = following.of(found.folder, found.record, found.status)
     entries = journal.Follower(found.folder / journal.FILE)
@@ -86,7 +93,7 @@ class Tail:
         """The lines, and states of a progress bar, since the last call; not one whose end is still to come."""
         if not self._path.exists():
             return []
-        with self._path.open("rb") as file:
+        with files.open_to_read(self._path) as file:
             file.seek(self._offset)
             data = file.read()
         end = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
@@ -95,18 +102,19 @@ class Tail:
 
 
 def _copy(folder: Path) -> None:
-    """Print train.log as it is and as it grows, until the run has ended."""
+    """Print train.log as it grows, until the run has ended; each state of a progress bar is a line of its own."""
     offset = 0
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     if not (folder / "train.log").exists():
         display.warn(f"{folder} has no train.log")
     while True:
         run = runs.look(folder, by_hand=True)
         is_running = run is not None and run.status == "running"
-        with contextlib.suppress(FileNotFoundError), (folder / "train.log").open("rb") as file:
+        with contextlib.suppress(FileNotFoundError), files.open_to_read(folder / "train.log") as file:
             file.seek(offset)
             while data := file.read(1 << 20):
                 offset += len(data)
-                display.write_bytes(data)
+                display.write_part(decoder.decode(data).replace("\r\n", "\n").replace("\r", "\n"))
         if not is_running:
             return
         time.sleep(0.5)

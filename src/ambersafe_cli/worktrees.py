@@ -4,15 +4,18 @@
 worktree of the clone, in a folder next to it, when a run that was started with it goes on or is done again.
 """
 
+import os
 import shutil
 from pathlib import Path
 
 import git
 
+from ambersafe_cli import display
 from ambersafe_cli.checkouts import is_half_written
 from ambersafe_cli.cloning import alone
 from ambersafe_cli.errors import CloneError
-from ambersafe_cli.upstream import edited_files, git_errors, has_commit, open_clone, with_own_settings
+from ambersafe_cli.git_calls import git_errors, with_own_settings
+from ambersafe_cli.upstream import edited_files, has_commit, open_clone, unused
 
 
 def folder_at(clone: Path, commit: str) -> Path:
@@ -30,7 +33,7 @@ def folder_at(clone: Path, commit: str) -> Path:
                 f"Fetch it from a clone that does: `git -C {clone} fetch OTHER_CLONE {commit}`.",
             )
         folder = clone.with_name(f"{clone.name}.worktrees") / commit[:12]
-        with alone(clone.parent):
+        with alone(clone.parent, display.say):
             if not _is_whole(folder, commit):
                 _remove_half_made(repo, folder, commit)
                 repo.git.worktree("prune")
@@ -39,6 +42,12 @@ def folder_at(clone: Path, commit: str) -> Path:
 
 
 def _is_whole(folder: Path, commit: str) -> bool:
+    """Raises CloneError for another user's."""
+    if folder.exists() and folder.stat().st_uid != os.getuid():
+        raise CloneError(
+            f"{folder}, where upstream at {commit[:12]} would be, is another user's.",
+            "Make a clone of your own: `ambersafe setup` in another folder, and --dir.",
+        )
     try:
         repo = with_own_settings(git.Repo(folder))
         return repo.head.commit.hexsha == commit and not edited_files(repo)
@@ -60,4 +69,5 @@ def _remove_half_made(repo: git.Repo, folder: Path, commit: str) -> None:
             "Undo that, or move the folder elsewhere: it is made again.",
         )
     if folder.exists():
-        shutil.rmtree(folder)
+        with unused(folder):
+            shutil.rmtree(folder)

@@ -1,8 +1,10 @@
 """Files that are made for people to look at: written whole or not at all, and never over one that is not ours."""
 
 import contextlib
+import os
 from pathlib import Path
 
+from ambersafe_cli import files
 from ambersafe_cli.errors import RunFolderError, UsageError
 
 _HEAD = 4096
@@ -21,7 +23,10 @@ def write(path: Path, data: bytes, mark: str) -> None:
                 f"{path} is there, and was not made by ambersafe.", "Move it away, or name another file with --out."
             )
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
+        with os.fdopen(files.create(temporary), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -30,5 +35,5 @@ def write(path: Path, data: bytes, mark: str) -> None:
 
 
 def _head(path: Path) -> bytes:
-    with path.open("rb") as file:
+    with files.open_to_read(path) as file:
         return file.read(_HEAD)

@@ -5,8 +5,6 @@ weights: everything is seeded.
 """
 
 import json
-import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -56,11 +54,8 @@ def main(folder: str, texts_file: str) -> None:
         rows = [json.loads(line) for line in file]
     texts = [row[column] for row in rows for column in ("prompt", "response_0", "response_1")]
     tokenizer = build_tokenizer(texts)
-    temporary = f"{folder}.{os.getpid()}.new"
-    tokenizer.save_pretrained(temporary)
-    build_model(tokenizer).save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    Path(temporary).rename(folder)
+    tokenizer.save_pretrained(folder)
+    build_model(tokenizer).save_pretrained(folder)
 
 
 if __name__ == "__main__":
