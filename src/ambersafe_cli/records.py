@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -75,7 +76,7 @@ def _attempts(value: Any) -> bool:
 
 def _machines(value: Any) -> bool:
     """Whether the value is what machines.Machines has, and nothing else."""
-    checks = {"count": _from(1), "number": _from(0), "restarts": _from(0), "patience": _from(1)}
+    checks = {"count": _from(1), "number": lambda each: type(each) is int and each == 0, "restarts": _from(0), "patience": _from(1)}
     checks["endpoint"] = lambda endpoint: endpoint is None or _for_the_system(endpoint)
     return isinstance(value, dict) and all(key in checks and checks[key](each) for key, each in value.items())
 
@@ -122,7 +123,7 @@ _KINDS: Mapping[str, _Check] = {
     **dict.fromkeys(("python", "machine", "variables", "working_folder_git"), _mapping),
     **dict.fromkeys(("upstream.on_top", "upstream.series"), _list),
     "slurm": lambda value: isinstance(value, dict) and all(_from(1)(value.get(key)) for key in ("nodes", "processes")),
-    "slurm.job_id": _for_the_system,
+    "slurm.job_id": lambda value: isinstance(value, str) and bool(re.fullmatch(r"\d+(_\d+)?", value)),
 }
 
 

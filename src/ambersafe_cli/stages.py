@@ -71,7 +71,14 @@ def _flags_of_resume(prepared: "Prepared") -> list[str]:
     """What `ambersafe resume` has to be told, besides the run, to go on with it as it was started."""
     python = prepared.environment.python
     flags = [] if recorded.is_this(python) else ["--python", python]
-    return [*flags, *(["--allow-modified"] if prepared.allow_modified else [])]
+    return [*flags, *(["--allow-modified"] if _allows_modified(prepared) else [])]
+
+
+def _allows_modified(prepared: "Prepared") -> bool:
+    """Whether the run goes on with a clone that is not what the series makes: who starts it so has said that."""
+    clone = prepared.clone
+    is_of_series = clone.head in {each.patch.commit for each in clone.patches}
+    return prepared.allow_modified or bool(clone.edited) or not is_of_series
 
 
 def show(prepared: "Prepared", request: Request) -> None:
@@ -145,7 +152,7 @@ def start(
         with locks.locked(folder):
             runs.require_empty(folder)  # another run may have been here since it was made
             runs.write(folder, {**record, **begun, "status": "running"})
-        return control.detach(folder, prepared.environment.python, prepared.allow_modified)
+        return control.detach(folder, prepared.environment.python, _allows_modified(prepared))
     return attempts.run(prepared.launch, record, plain)
 
 
