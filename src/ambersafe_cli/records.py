@@ -76,7 +76,8 @@ def _attempts(value: Any) -> bool:
 
 def _machines(value: Any) -> bool:
     """Whether the value is what machines.Machines has, and nothing else."""
-    checks = {"count": _from(1), "number": lambda each: type(each) is int and each == 0, "restarts": _from(0), "patience": _from(1)}
+    checks = {"count": _from(1), "restarts": _from(0), "patience": _from(1)}
+    checks["number"] = lambda number: type(number) is int and number == 0  # machine 0 keeps the record
     checks["endpoint"] = lambda endpoint: endpoint is None or _for_the_system(endpoint)
     return isinstance(value, dict) and all(key in checks and checks[key](each) for key, each in value.items())
 
