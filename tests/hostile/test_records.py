@@ -63,6 +63,7 @@ def foreign(ours: Path, patched: Path, tmp_path: Path) -> Foreign:  # noqa: F811
 
 
 @pytest.mark.slow
+@pytest.mark.cold  # or AMBERSAFE_PYTHON has said which
 @pytest.mark.parametrize("command", THE_FIVE)
 def test_an_interpreter_that_a_record_names_is_not_started(command: str, foreign: Foreign) -> None:
     def name_it(record: dict[str, Any]) -> None:
