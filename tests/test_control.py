@@ -66,7 +66,7 @@ def test_a_detached_run_that_cannot_start_says_why(ambersafe: Ambersafe, fake_cl
     assert done.returncode == 3
     run = only_run(tmp_path / "work", "run")
     shutil.rmtree(fake_clone)
-    done = ambersafe("resume", run.name, "--detach")
+    done = ambersafe("resume", "--allow-modified", run.name, "--detach")
     assert done.returncode == 71
     assert "There is no clone of upstream" in done.stderr
 
@@ -78,7 +78,7 @@ def test_a_stop_request_from_before_does_not_end_the_next_attempt(
     assert ambersafe("sft", *given, env={"FAKE": "crash"}).returncode == 3
     run = only_run(tmp_path / "work", "run")
     (run / "stop").touch()
-    done = ambersafe("resume", run.name)
+    done = ambersafe("resume", "--allow-modified", run.name)
     assert done.returncode == 0, done.stderr
     assert not (run / "stop").exists()
 
@@ -264,13 +264,13 @@ def test_a_run_on_another_machine_that_shows_no_lock_is_told_by_its_sign_of_life
     (run / "run.json").write_text(json.dumps(record))
     (run / ".lock").touch()
     assert "running" in ambersafe("runs").stdout
-    refused = ambersafe("resume", run.name)
+    refused = ambersafe("resume", "--allow-modified", run.name)
     assert refused.returncode == 64
     assert "still running on another-node" in refused.stderr
     long_ago = time.time() - locks.SIGN_OF_LIFE - 5
     os.utime(run / ".lock", (long_ago, long_ago))
     assert "died" in ambersafe("runs").stdout
-    done = ambersafe("resume", run.name)
+    done = ambersafe("resume", "--allow-modified", run.name)
     assert done.returncode == 0, done.stderr
 
 
@@ -283,7 +283,7 @@ def test_resume_without_a_name_passes_over_a_run_that_is_running(
     second = subprocess.Popen(command, cwd=tmp_path / "work", stdout=subprocess.PIPE, env=environment)
     assert second.stdout
     next(line for line in second.stdout if line == b"waiting\n")
-    done = ambersafe("resume")
+    done = ambersafe("resume", "--allow-modified")
     assert done.returncode == 0, done.stderr
     assert str(first) in done.stderr
     second.send_signal(signal.SIGTERM)
@@ -326,11 +326,11 @@ def test_a_clone_with_other_edits_than_a_run_was_started_with_is_refused(
     train.write_text(original + "# edit A\n")
     run = stopped(ambersafe, tmp_path / "work")
     train.write_text(original + "# edit B\n")
-    refused = ambersafe("resume", run.name)
+    refused = ambersafe("resume", "--allow-modified", run.name)
     assert refused.returncode == 71
     assert "with edits; the run was started with" in refused.stderr
     train.write_text(original + "# edit A\n")
-    assert ambersafe("resume", run.name).returncode == 0
+    assert ambersafe("resume", "--allow-modified", run.name).returncode == 0
 
 
 def test_the_best_checkpoint_may_be_the_last(tmp_path: Path) -> None:
@@ -354,7 +354,7 @@ def test_a_record_that_lacks_what_reproduce_needs_is_an_error_or_enough(
     part, _, key = spoil.rpartition(".")
     del (record[part] if part else record)[key]
     (run / "run.json").write_text(json.dumps(record))
-    done = ambersafe("reproduce", run.name, "--dry-run")
+    done = ambersafe("reproduce", "--allow-modified", run.name, "--dry-run")
     # fake train.py has no config of upstream's
     assert done.returncode == (71 if spoil == "sft_run" else 64), done.stderr
     assert "defect" not in done.stderr

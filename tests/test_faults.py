@@ -556,7 +556,7 @@ def test_a_train_log_that_is_damaged_stops_nothing(stopped_run: Path) -> None:
         shutil.rmtree(stopped_run / "LATEST", ignore_errors=True)
         written = ways[number % len(ways)]()
         log.write_bytes(written)
-        done = answer(stopped_run, "resume")
+        done = answer(stopped_run, "resume", "--allow-modified")
         assert done.returncode == 0, done.stderr
         assert json.loads((stopped_run / "run.json").read_text())["status"] == "finished"
         note(fault, [] if log.read_bytes().startswith(written) else [log])
@@ -757,7 +757,7 @@ def test_of_two_resumes_at_once_one_wins(stopped_run: Path) -> None:
     for _ in range(tries(fault)):
         (stopped_run / "run.json").write_bytes(record)
         shutil.rmtree(stopped_run / "LATEST", ignore_errors=True)
-        ended = start_all(2, stopped_run.parents[2], "resume", stopped_run)
+        ended = start_all(2, stopped_run.parents[2], "resume", "--allow-modified", stopped_run)
         assert sorted(status for status, _ in ended) == [0, 64], ended
         assert any("is still running" in said or "has finished" in said for _, said in ended)
         assert len(json.loads((stopped_run / "run.json").read_text())["attempts"]) == 2

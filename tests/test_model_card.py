@@ -137,7 +137,7 @@ def test_both_stages_are_told_and_what_they_share_is_said_once(tmp_path: Path) -
     sft, dpo = tmp_path / "sft_1", tmp_path / "dpo_1"
     for folder in (sft, dpo):
         folder.mkdir()
-    runs.write(sft, {**record("sft"), "environment": {}, "next_command": ["x"], "upstream": _upstream()})
+    runs.write(sft, {**record("sft"), "environment": {}, "next_command": ["ambersafe"], "upstream": _upstream()})
     text = card(dpo, {**record("dpo", archive=str(runs.checkpoint(sft))), "upstream": _upstream()})
     assert "# AmberChat, after SFT and DPO" in text
     assert "trained with SFT and then DPO (beta 0.1)" in text
@@ -155,7 +155,9 @@ def test_data_of_an_unknown_licence_beside_known_data_takes_nothing_from_that(tm
     sft = tmp_path / "sft_1"
     sft.mkdir()
     other = {"name": "org/other", "revision": None}
-    runs.write(sft, {**record("sft", data=other), "environment": {}, "next_command": ["x"], "upstream": _upstream()})
+    runs.write(
+        sft, {**record("sft", data=other), "environment": {}, "next_command": ["ambersafe"], "upstream": _upstream()}
+    )
     text = card(tmp_path, record("dpo", archive=str(runs.checkpoint(sft))))
     assert front_matter(text)["license"] == "cc-by-nc-4.0"
     assert front_matter(text)["datasets"] == ["org/other", PKU]

@@ -62,7 +62,7 @@ def test_dry_run_prints_a_script_that_asks_for_what_the_flags_say(
         }.items()
     )
     run = Path(found["--output"]).parent
-    assert f"-m ambersafe_cli resume {run}\n" in done.stdout
+    assert f"-m ambersafe_cli resume {run} --allow-modified\n" in done.stdout  # the clone is not of the series
     assert subprocess.run(["bash", "-n"], input=done.stdout, text=True).returncode == 0
     assert not list(fake_clone.parent.glob(".cache/*"))
 

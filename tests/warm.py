@@ -139,6 +139,7 @@ def _start_server(python: str, place: Path, owner: int) -> None:
             stderr=log,
             start_new_session=True,
             cwd="/",
+            env={name: text for name, text in os.environ.items() if not name.startswith("AMBERSAFE_")},  # no run's mark
             preexec_fn=_begin_anew,
         )
 

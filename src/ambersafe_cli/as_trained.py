@@ -8,7 +8,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ambersafe_cli import by_hand, checkpoints, display, environment, hub, integrity, models, recorded, runs, upstream
+from ambersafe_cli import (
+    by_hand,
+    checkpoints,
+    display,
+    environment,
+    hub,
+    integrity,
+    model_code,
+    models,
+    recorded,
+    runs,
+    upstream,
+)
 from ambersafe_cli import recipe as recipes
 from ambersafe_cli.errors import CloneError, HubError, RunFolderError, TrainingEnvironmentError, UsageError
 from ambersafe_cli.overrides import LARGEST
@@ -227,7 +239,8 @@ def rows(
 
 
 def require_packages(python: str, every: Sequence[models.Weights], quantize: Sequence[str | None]) -> None:
-    """Raise TrainingEnvironmentError if an interpreter lacks what it takes, adapters and quantized weights included."""
+    """Raise TrainingEnvironmentError if an interpreter lacks what it takes, adapters and quantized weights included,
+    and HubError for a model that takes code of its own."""
     adapters = [weights.checkpoint for weights in every if adapter_of(weights)]
     needs = [("peft", "lora", f"the adapter of {adapters[0]}")] if adapters else []
     needs += [("bitsandbytes", "quantize", f"a model in {bits}") for bits in quantize if bits]
@@ -245,6 +258,8 @@ def require_packages(python: str, every: Sequence[models.Weights], quantize: Seq
                 f"{there.python} lacks {package}, which {what} needs.",
                 f"Install it there: `pip install 'ambersafe-cli[{extra}]'`, or name another interpreter: --python{by}.",
             )
+    for each in every:
+        model_code.require_none(hub.Source("model", each.model, each.revision), there.python)
 
 
 def require_there(every: Sequence[models.Weights], rows: Rows | None) -> None:

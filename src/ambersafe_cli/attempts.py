@@ -253,7 +253,9 @@ def _end(folder: Path, record: runs.Record, outcome: child.Outcome, of: machines
             display.say(MEMORY)
         if checkpoint := _newest_checkpoint(folder):
             again = (
-                ["sbatch", str(folder / slurm.SCRIPT)] if record.get("slurm") else ["ambersafe", "resume", str(folder)]
+                ["sbatch", str(folder / slurm.SCRIPT)]
+                if slurm.is_job_of(folder)
+                else ["ambersafe", "resume", str(folder)]
             )
             on_others = " here, and with --node-rank N on the others" if of.count > 1 else ""
             display.say(f"to go on from {checkpoint}: {shlex.join(again)}{on_others}")
@@ -292,6 +294,6 @@ def _show_end(folder: Path, record: runs.Record, log: metrics.Log) -> None:
 def _newest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that looks whole, or None. Quick: `resume` looks at every byte."""
     for path in runs.steps(folder):
-        if all(zipfile.is_zipfile(path / name) for name in recovery.FILES_OF_A_CHECKPOINT):
+        if all((path / name).is_file() and zipfile.is_zipfile(path / name) for name in recovery.FILES_OF_A_CHECKPOINT):
             return path
     return None

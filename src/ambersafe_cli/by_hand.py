@@ -49,7 +49,7 @@ def read(folder: Path) -> dict[str, Any] | None:
 def config(folder: Path) -> dict[str, Any]:
     """What the config.yaml in a run's folder says, whoever made the run, by upstream's keys; empty for nothing."""
     try:
-        found = read_yaml(files.read_text(folder / "config.yaml"))
+        found = read_yaml(files.read_text(folder / "config.yaml", 1 << 20))
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return dict(_flat(found)) if isinstance(found, dict) else {}

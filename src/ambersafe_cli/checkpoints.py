@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from ambersafe_cli import files
 from ambersafe_cli.errors import ArchiveError
 from ambersafe_cli.hub import WEIGHTS, shards
 from ambersafe_cli.overrides import LARGEST
@@ -148,7 +149,7 @@ def _read_pickle(path: Path) -> Any:
 
     Raises an exception of any kind for a file that is damaged: those of zipfile and pickle are nowhere written down.
     """
-    with zipfile.ZipFile(path) as archive:
+    with files.open_to_read(path) as file, zipfile.ZipFile(file) as archive:
         return _unpickle(archive)[0]
 
 
@@ -157,6 +158,8 @@ def _unpickle(archive: zipfile.ZipFile) -> tuple[Any, dict[str, str]]:
     (name,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
     if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
         raise zipfile.BadZipFile("it is compressed")  # torch.save does not, and it could become any size
+    if archive.getinfo(name).file_size > files.LARGEST:
+        raise zipfile.BadZipFile("it says more of its tensors than is read")
     unpickler = _ShapesOnly(io.BytesIO(archive.read(name)))  # all of it, and its CRC-32, before any is gone by
     content = unpickler.load()
     folder = name.removesuffix("data.pkl")
@@ -181,7 +184,7 @@ def fingerprint(path: Path) -> str | None:
     depend on what the file is called, and equal tensors have equal ones. None for what is no zip archive.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with files.open_to_read(path) as file, zipfile.ZipFile(file) as archive:
             members = [(m.filename.partition("/")[2], m.file_size, m.CRC) for m in archive.infolist()]
     except Exception:  # of any kind, see _read_pickle
         return None
@@ -213,7 +216,7 @@ def model_shapes(folder: Path) -> Shapes | None:
 def _is_no_archive(path: Path) -> bool:
     """Whether a file is there that does not begin as zip archives do."""
     try:
-        with path.open("rb") as file:
+        with files.open_to_read(path) as file:
             return file.read(2) != b"PK"
     except OSError:
         return False
@@ -239,7 +242,7 @@ def safetensors_entries(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     Raises OSError, or ValueError for a file that is cut off, or another kind of file.
     """
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with files.open_to_read(path) as file:
         length = int.from_bytes(file.read(8), "little")
         if length > min(size, LONGEST_HEADER):
             raise ValueError(f"it has {size} bytes, and a header of {length}")

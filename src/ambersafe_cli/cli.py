@@ -756,9 +756,9 @@ def main() -> None:
         failure.__cause__ = error
     else:
         sys.exit(status or 0)
-    if debug:
-        traceback.print_exception(failure)
     from ambersafe_cli import display
 
+    if debug:
+        display.say("".join(traceback.format_exception(failure)).rstrip())
     display.fail(failure)
     sys.exit(failure.exit_status)

@@ -20,13 +20,13 @@ import git
 from git.util import CallableRemoteProgress
 
 from ambersafe_cli import checkouts
+from ambersafe_cli.display import without_secrets
 from ambersafe_cli.errors import CloneError, GitError, SourceError
 from ambersafe_cli.git_calls import (
     NETWORK_ENVIRONMENT,
     git_errors,
     what_git_said,
     with_own_settings,
-    without_secrets,
 )
 from ambersafe_cli.patches import Patch
 from ambersafe_cli.upstream import (

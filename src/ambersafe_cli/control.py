@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from ambersafe_cli import display, files, locks, runs, slurm, standstill
-from ambersafe_cli.errors import UsageError
+from ambersafe_cli.errors import RunFolderError, UsageError
 
 
 def detach(folder: Path, python: str | None, allow_modified: bool) -> int:
@@ -19,7 +19,7 @@ def detach(folder: Path, python: str | None, allow_modified: bool) -> int:
     before = _attempts(folder)
     log = folder / "launcher.log"
     begin = log.stat().st_size if log.exists() else 0
-    with os.fdopen(files.append(log), "ab") as file:
+    with os.fdopen(_append(log), "ab") as file:
         child = subprocess.Popen(
             [sys.executable, "-P", "-m", "ambersafe_cli", "resume", str(folder)]  # -P: no module of the working folder
             + (["--python", python] if python else [])
@@ -44,6 +44,13 @@ def detach(folder: Path, python: str | None, allow_modified: bool) -> int:
     display.say(f"it goes on without this terminal; its output is in {log.with_name('train.log')}")
     display.say(f"ambersafe show {name} tells how far it is, ambersafe stop {name} stops it")
     return 0
+
+
+def _append(path: Path) -> int:
+    try:
+        return files.append(path)
+    except OSError as error:
+        raise RunFolderError(f"Cannot write {path}: {error.strerror}.", "Delete it.") from error
 
 
 def _attempts(folder: Path) -> int:

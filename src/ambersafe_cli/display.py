@@ -6,6 +6,7 @@ each function here spells that out; see `printable`.
 
 import contextlib
 import json
+import re
 import shutil
 import sys
 import textwrap
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 _COLUMN = 32
 """How wide a column of text has to be at least."""
 
-_DIRECTIONS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+_JOINERS = "\u200c\u200d"
+"""What Persian, Indian scripts and emoji are written with; of what is not seen the only characters that are shown."""
 
 
 def _styled(text: str, style: str) -> str:
@@ -75,14 +77,21 @@ def write_json(value: Any) -> None:
 
 
 def _is_shown(character: str) -> bool:
-    """Whether a character is one to see: no control character, and none that turns the direction of the others."""
-    return unicodedata.category(character) not in ("Cc", "Cs", "Zl", "Zp") and character not in _DIRECTIONS
+    """Whether a character is one to see: no control character, none that turns the direction of the others or has no
+    width."""
+    return unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp") or character in _JOINERS
 
 
 def printable(text: str) -> str:
     """A text of others, such as a model's, with all that a terminal could take for a command spelled out, as \\x1b."""
     kept = text.replace("\r\n", "\n").replace("\t", "    ")
     return "".join(c if c == "\n" or _is_shown(c) else repr(c)[1:-1] for c in kept)
+
+
+def without_secrets(text: str) -> str:
+    """Take the name and the password, and a token behind a question mark, out of every URL; SSH needs a name alone."""
+    text = re.sub(r"(\w://[^\s?#]*)[?#]\S*", r"\1", text)
+    return re.sub(r"(?<!\bssh)(://)[^/\s]+@|(\bssh://[^/:@\s]+):[^/\s]+(?=@)", r"\1\2", text)
 
 
 def write_facts(facts: Iterable[tuple[str, str]], indent: int = 12) -> None:
@@ -176,11 +185,11 @@ def progress(title: str) -> Iterator["Progress"]:
 
     from rich.progress import BarColumn, Progress, TextColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
     with Progress(*columns, console=_console(sys.stderr), transient=True) as bar:
         task = bar.add_task(title, total=1.0)
 
         def advance(step: str, done: float) -> None:
-            bar.update(task, description=f"{title}: {step}", completed=done)
+            bar.update(task, description=printable(f"{title}: {step}"), completed=done)
 
         yield advance

@@ -36,9 +36,9 @@ INSTALL_HINT = "Install them there: `pip install 'ambersafe-cli[train]'`, or nam
 
 # Runs in the other interpreter, of any version, with the standard library alone. The first entry of sys.path is the
 # working folder, where a folder called `wandb` would pass for a package; train.py does not see it either.
+_WITHOUT_WORKING_FOLDER = "import sys; sys.path[:1] == [''] and sys.path.pop(0)\n"  # sys is built in
 _PROBE = """
 import importlib.metadata as metadata, importlib.util as util, json, re, sys
-sys.path.pop(0)
 modules, versions, cuda = json.loads(sys.argv[1]), {}, None
 extras = {}
 for distribution in json.loads(sys.argv[2]):
@@ -108,7 +108,7 @@ def probe(python: str, ask_torch: bool = False) -> TrainingEnvironment:
         raise TrainingEnvironmentError(f"There is no interpreter {python}.", "--python takes the path of a Python.")
     path = str(Path(path).absolute())  # not resolved: a virtual environment's python is a link
     try:
-        command = [path, "-c", _PROBE, json.dumps(MODULES), json.dumps(EXTRAS)]
+        command = [path, "-c", _WITHOUT_WORKING_FOLDER + _PROBE, json.dumps(MODULES), json.dumps(EXTRAS)]
         child = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=True
         )
@@ -143,9 +143,8 @@ def _torchs_gpus(python: str) -> tuple[tuple[str, ...], tuple[int, ...], bool]:
 
     Takes the seconds that importing it takes.
     """
-    child = subprocess.run(
-        [python, "-c", _GPUS_OF_TORCH], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )
+    command = [python, "-c", _WITHOUT_WORKING_FOLDER + _GPUS_OF_TORCH]
+    child = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if child.returncode:
         raise TrainingEnvironmentError(f"{python} cannot import torch: {child.stderr.strip()}", INSTALL_HINT)
     found = [line.split(" ", 2) for line in child.stdout.splitlines() if line]

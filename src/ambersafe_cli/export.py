@@ -57,6 +57,8 @@ def run(request: Request) -> None:
         pushing.require_name(request.push)
     weights, checkpoint = find(request.checkpoint, request.model)
     out = request.out or default_folder(weights, checkpoint, request.merge)
+    if request.out is None and out.is_symlink():
+        raise UsageError(f"{out} is a link, which may lead anywhere.", f"If that is meant: --out {out.resolve()}")
     folder = Path(os.path.expanduser(out)).resolve()  # noqa: PTH111, which fails for a user that there is not
     dtype = write(weights, checkpoint, folder, request)
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())

@@ -187,9 +187,8 @@ def failure(source: hub.Source, error: BaseException) -> AmberSafeError:
 
 def _failure(source: hub.Source, kinds: Sequence[str], numbers: Collection[int], said: str) -> AmberSafeError:
     """The same by the classes and error numbers of a chain of exceptions."""
-    from huggingface_hub import constants
 
-    endpoint = constants.ENDPOINT
+    endpoint = hub.endpoint()
     login = "`hf auth login` on this machine, with an account that may read it."
     if set(numbers) & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
         return HubError(f"The disk is full: no room for the {source}.", "Make room and fetch again: it goes on.")

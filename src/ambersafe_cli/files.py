@@ -13,7 +13,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ambersafe_cli.errors import RunFolderError, UsageError
 
@@ -45,6 +45,15 @@ def is_file(path: Path) -> bool:
     return os.path.isfile(path)  # noqa: PTH113, which raises for it
 
 
+def place_in(folder: Path, name: str) -> Path:
+    """A place in a run's folder to write to. Raises RunFolderError for a link there, which whoever made the folder may
+    have left, and which may lead anywhere."""
+    path = folder / name
+    if path.is_symlink():
+        raise RunFolderError(f"{path} is a link.", "Delete it, or name another place.")
+    return path
+
+
 def create(path: Path) -> int:
     """Open a new file to write, in place of whatever has its name, and return the descriptor. Raises OSError."""
     with contextlib.suppress(FileNotFoundError):
@@ -62,7 +71,7 @@ def append(path: Path) -> int:
     return handle
 
 
-def open_to_read(path: Path) -> BinaryIO:
+def open_to_read(path: Path) -> io.BufferedReader:
     """Open a file to read its bytes. Raises OSError, also for what is no file."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -71,11 +80,11 @@ def open_to_read(path: Path) -> BinaryIO:
     return os.fdopen(handle, "rb")
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, largest: int = LARGEST) -> str:
     """Read a file of settings. Raises OSError, also for what is no file or larger than such a file is; ValueError."""
     with open_to_read(path) as file:
-        data = file.read(LARGEST + 1)
-    if len(data) > LARGEST:
+        data = file.read(largest + 1)
+    if len(data) > largest:
         raise OSError(errno.EFBIG, "it is too large", str(path))
     return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
 

@@ -3,13 +3,16 @@
 import contextlib
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # or importing GitPython fails where there is no git
 import git
 
-from ambersafe_cli.errors import CloneError, GitError
+from ambersafe_cli.display import without_secrets
+from ambersafe_cli.errors import AmberSafeError, CloneError, GitError
 
 COMMITTER_NAME = "ambersafe-cli"
 COMMITTER_EMAIL = "ambersafe-cli@users.noreply.github.com"
@@ -55,9 +58,17 @@ def git_errors(doing: str, hint: str = "") -> Iterator[None]:
         raise GitError(f"{doing} failed: {what_git_said(error)}", hint) from error
 
 
-def without_secrets(text: str) -> str:
-    """Take the user name and password out of every URL."""
-    return re.sub(r"(\w://)[^/\s]+@", r"\1", text)
+def look(folder: Path, timeout: float, command: str, *words: str) -> bytes | None:
+    """What a git command that only reads says of the repository that a folder lies in; None if it lies in none, or git
+    cannot or may not say within `timeout` seconds."""
+    try:
+        require_git()
+        repo = with_own_settings(git.Repo(folder, search_parent_directories=True))
+        repo.git.update_environment(GIT_OPTIONAL_LOCKS="0")
+        found: bytes = getattr(repo.git, command)(*words, stdout_as_string=False, kill_after_timeout=timeout)
+    except (OSError, ValueError, git.GitError, AmberSafeError):
+        return None
+    return found
 
 
 def what_git_said(error: git.GitError) -> str:
@@ -81,7 +92,8 @@ _PROGRAMS = (
     (r"credential\.(.+\.)?helper", ""),
     (r"submodule\.recurse", "false"),
 )
-_REFUSED = re.compile(r"core\.worktree|remote\..+\.vcs")
+# An included file may hold for another folder's git alone, or be a pipe; newer versions of git have hooks here too.
+_REFUSED = re.compile(r"core\.worktree|remote\..+\.vcs|include(if\..+)?\.path|hook\..+", re.DOTALL)
 
 
 def _without_programs(repo: git.Repo) -> Iterator[str]:
@@ -89,15 +101,17 @@ def _without_programs(repo: git.Repo) -> Iterator[str]:
 
     Raises CloneError for one that cannot be set over.
     """
-    said = repo.git.config("--local", "--includes", "--name-only", "--list", "-z")
-    for name in dict.fromkeys(said.split("\0")):
-        if _REFUSED.fullmatch(name.lower()):
+    said = iter(repo.git.config("--no-includes", "--show-scope", "--name-only", "--list", "-z").split("\0"))
+    for name in dict.fromkeys(name for scope, name in zip(said, said, strict=False) if scope in ("local", "worktree")):
+        is_program = any(re.fullmatch(pattern, name, re.IGNORECASE | re.DOTALL) for pattern, _ in _PROGRAMS)
+        # `git -c` takes what is before the first = for the name.
+        if _REFUSED.fullmatch(name.lower()) or (is_program and "=" in name):
             raise CloneError(
-                f"{repo.working_dir} sets {name} for itself, which decides what git starts or writes.",
-                f"If it is your own: `git -C {repo.working_dir} config --unset {name}`.",
+                f"{repo.working_dir} sets {name} for itself, which decides what git starts, reads or writes.",
+                f"If it is your own: `git -C {repo.working_dir} config --unset-all {shlex.quote(name)}`.",
             )
         for pattern, value in _PROGRAMS:
-            if re.fullmatch(pattern, name, re.IGNORECASE):
+            if re.fullmatch(pattern, name, re.IGNORECASE | re.DOTALL):
                 yield f"{name}={value}"
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from ambersafe_cli import files
 from ambersafe_cli import recipe as recipes
+from ambersafe_cli.display import without_secrets
 from ambersafe_cli.files import expand
 from ambersafe_cli.overrides import assign
 
@@ -106,6 +107,13 @@ def problem(source: Source, files: Sequence[str]) -> str:
     if folder_of(source) is None if source.part != "data" else files == [ROWS]:
         return f"The {source} is not in the Hugging Face cache"
     return f"The {source} is not whole in the Hugging Face cache, which lacks {what}"
+
+
+def endpoint() -> str:
+    """Where the hub is, for people: HF_ENDPOINT may hold a password."""
+    from huggingface_hub import constants
+
+    return without_secrets(str(constants.ENDPOINT))
 
 
 def lacking(source: Source) -> list[str]:

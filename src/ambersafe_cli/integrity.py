@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, BinaryIO
 
-from ambersafe_cli import checkpoints
+from ambersafe_cli import checkpoints, files
 from ambersafe_cli.errors import ArchiveError
 
 # What the end of an archive says of its directory, in a record of 16 and 32 bits and, always with torch, one of 64.
@@ -32,7 +32,7 @@ def damage(path: Path) -> str | None:
     the disk or of CRC-32, which the archive holds of each of its members.
     """
     try:
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        with files.open_to_read(path) as file, zipfile.ZipFile(file) as archive:
             _require_sound_directory(file, archive.infolist())
             weights = {} if path.name in _NO_POLICY else checkpoints.weights_of_policy(archive)
             for member in archive.infolist():
@@ -97,7 +97,7 @@ def _damage_of_adapter(path: Path) -> str | None:
         return None
     for name, digest in adapter.sha256.items() if adapter else ():
         try:
-            with (path.parent / name).open("rb") as file:
+            with files.open_to_read(path.parent / name) as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             return f"its adapter's {name} is not beside it ({error.strerror})"
@@ -110,7 +110,7 @@ def _damage_of_adapter(path: Path) -> str | None:
 
 def _is_finite_adapter(path: Path) -> bool:
     kinds = {kind for _, kind in checkpoints.safetensors_entries(path).values()}
-    with path.open("rb") as file:
+    with files.open_to_read(path) as file:
         file.seek(8 + struct.unpack("<Q", file.read(8))[0])
         return _are_finite(file, _KINDS.get(kinds.pop(), "") if len(kinds) == 1 else "")
 

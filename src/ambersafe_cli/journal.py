@@ -132,9 +132,12 @@ class Follower:
             return
         with files.open_to_read(self._path) as file:
             file.seek(self._offset)
-            for line in file:
-                if not line.endswith(b"\n"):
+            is_rest = False  # of a line that is longer than one is looked at
+            while line := file.readline(files.LONGEST_LINE):
+                is_whole = line.endswith(b"\n")
+                if not is_whole and len(line) < files.LONGEST_LINE:
                     return
                 self._offset += len(line)
-                if line.strip():
+                if line.strip() and not is_rest:
                     yield from_line(line.decode(errors="replace"))
+                is_rest = not is_whole

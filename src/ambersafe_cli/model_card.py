@@ -113,7 +113,7 @@ def _summary(subject: Subject, stages: list[runs.Run]) -> str:
     lines.append(f"These are {subject.parameters:,} parameters{of_adapter} in {subject.dtype}{examples}{of_stage}.")
     lines += _adapter(subject)
     after = f", after {' and '.join(map(origins.name_of, stages))}" if stages else ", trained"
-    return f"# {Path(subject.weights.model).name}{after}\n\n{' '.join(lines)}"
+    return f"# {origins.plain(Path(subject.weights.model).name)}{after}\n\n{' '.join(lines)}"
 
 
 _QUANTIZED = {"4bit": "4 bits (NF4 with double quantization)", "8bit": "8 bits (LLM.int8)"}
@@ -140,7 +140,7 @@ def _loss(run: runs.Run) -> str:
     beta = run.setting("loss.beta")
     if run.record["stage"] != "dpo" or not beta:
         return ""
-    return f" ({'the loss of IPO, ' if run.setting('loss.name') == 'ipo' else ''}beta {beta})"
+    return f" ({'the loss of IPO, ' if run.setting('loss.name') == 'ipo' else ''}beta {origins.plain(beta)})"
 
 
 _TEMPLATES: Mapping[str | None, tuple[str, str]] = {
@@ -213,7 +213,7 @@ def _use(subject: Subject) -> Iterator[str]:
 def _evaluation(subject: Subject) -> Iterator[str]:
     found = subject.metrics or _last_metrics(subject)
     rows = [
-        f"| {key.replace('_eval', '').replace('/eval', '')} | {number(value)} |"
+        f"| {origins.plain(key.replace('_eval', '').replace('/eval', ''))} | {number(value)} |"
         for key, value in found.items()
         if isinstance(value, int | float)
     ]

@@ -58,6 +58,11 @@ def link(name: str, kind: str = "") -> str:
     return f"{code(Path(name).name)}, {'local data' if kind else 'a local folder'}"
 
 
+def plain(value: object) -> str:
+    """A value as text on one line, with nothing in it that Markdown or HTML would take for more."""
+    return re.sub(r"([\\`*\[\]<>|&~])", r"\\\1", " ".join(str(value).split()))
+
+
 def code(value: object) -> str:
     """A value as it stands, on one line, whatever it holds."""
     text = " ".join(str(value).split()).replace("`", "'").replace("|", "/")
@@ -113,7 +118,7 @@ def _counts(data: Mapping[str, Any]) -> Iterator[str]:
         if index == 0:
             yield "| split | rows | prompts | pairs | SHA-256 of the rows |\n|---|--:|--:|--:|---|"
         cells = [number(counts.get(key)) for key in ("rows", "prompts", "pairs")]
-        yield f"| {split} | {' | '.join(cells)} | {code(fingerprints.get(split) or 'not recorded')} |"
+        yield f"| {plain(split)} | {' | '.join(cells)} | {code(fingerprints.get(split) or 'not recorded')} |"
 
 
 def _licence(stages: Sequence[runs.Run]) -> str:
@@ -136,13 +141,15 @@ def training(stages: Sequence[runs.Run]) -> Iterator[str]:
         else:
             of_recipe = _mapping(_mapping(recipe, "values"), str(run.record["stage"]))
             differs = [f"{key}={value}" for key, value in settings(run).items() if of_recipe.get(key) != value]
-            description = f" ({recipe['description']})" if recipe.get("description") else ""
+            description = f" ({plain(recipe['description'])})" if recipe.get("description") else ""
             yield (
                 f"{name_of(run)}: the recipe {code(Path(str(recipe.get('source'))).name)}{description} of ambersafe-cli"
                 f"{', changed in ' + ', '.join(map(code, differs)) if differs else ', with nothing changed'}. "
                 "What is not here is as the training code has it:"
             )
-        yield f"```yaml\n{yaml.safe_dump(settings(run), sort_keys=False, allow_unicode=True, width=100)}```"
+        shown = yaml.safe_dump(settings(run), sort_keys=False, allow_unicode=True, width=100)
+        fence = "`" * max(3, *(len(ticks) + 1 for ticks in re.findall("`+", shown)), 3)
+        yield f"{fence}yaml\n{shown}{fence}"
 
 
 def settings(run: runs.Run) -> dict[str, Any]:
@@ -184,10 +191,10 @@ def _provenance(run: runs.Run) -> Iterator[str]:
         )
         return
     ended = f" to {_minute(record['ended'])}" if record.get("ended") else ""
-    yield f"({run.status}) ran from {_minute(record.get('started'))}{ended}."
+    yield f"({plain(run.status)}) ran from {_minute(record.get('started'))}{ended}."
     if record.get("archive_fingerprint"):
         yield f"began from the checkpoint with the fingerprint {code(record['archive_fingerprint'])}."
-    gpus = [str(each) for each in _mapping(record, "python").get("gpus") or ()]
+    gpus = [plain(each) for each in _mapping(record, "python").get("gpus") or ()]
     where = f"{len(gpus)} x {', '.join(dict.fromkeys(gpus))}" if gpus else "the CPU"
     processes = record.get("processes")
     yield f"ran on {where}{f', in {processes} processes' if isinstance(processes, int) and processes > 1 else ''}."
@@ -196,9 +203,11 @@ def _provenance(run: runs.Run) -> Iterator[str]:
 
 
 def _code(clone: Mapping[str, Any]) -> Iterator[str]:
-    url = str(clone.get("url") or "")
+    url = plain(clone.get("url") or "")
     yield f"{url.removesuffix('.git') if url.startswith('https://') else 'a local clone'} at {code(clone.get('base'))}"
-    applied = [name.removesuffix(".patch") for name, state in _mapping(clone, "patches").items() if state == "applied"]
+    applied = [
+        plain(name.removesuffix(".patch")) for name, state in _mapping(clone, "patches").items() if state == "applied"
+    ]
     patches = f"patched by ambersafe-cli with {', '.join(applied)}" if applied else "without a patch"
     yield f"{patches}, at {code(clone.get('head'))}"
     if touched := [*(clone.get("edited") or ()), *(clone.get("on_top") or ())]:
@@ -207,17 +216,17 @@ def _code(clone: Mapping[str, Any]) -> Iterator[str]:
 
 def _versions(run: runs.Run) -> Iterator[str]:
     python = _mapping(run.record, "python")
-    yield f"ambersafe-cli {run.record.get('ambersafe_version')}"
-    yield f"Python {python.get('version')}"
+    yield f"ambersafe-cli {plain(run.record.get('ambersafe_version'))}"
+    yield f"Python {plain(python.get('version'))}"
     packages = _mapping(python, "packages")
     of_adapters = [package for key, package in _NEEDED_BY.items() if run.setting(key)]
     for name in ("torch", "transformers", "tokenizers", "accelerate", "datasets", *of_adapters):
         if packages.get(name):
-            yield f"{name} {packages[name]}"
+            yield f"{name} {plain(packages[name])}"
 
 
 def _minute(moment: object) -> str:
-    return f"{str(moment)[:16].replace('T', ' ')} UTC"
+    return f"{plain(str(moment)[:16].replace('T', ' '))} UTC"
 
 
 def _mapping(record: Mapping[str, Any], key: str) -> Mapping[str, Any]:

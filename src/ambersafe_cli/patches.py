@@ -1,6 +1,7 @@
 """The patch series that is laid on upstream: its files, their order, and what each adds to upstream's config."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +53,16 @@ def read_patch(path: Path, commit: str) -> Patch:
     header = text[: text.find("\ndiff --git ")]
     keys = re.findall(r"^Config-key: (\S+)$", header, flags=re.MULTILINE)
     return Patch(path, commit, subject[1].replace("\n", ""), tuple(keys), normal_diff(text))
+
+
+def known(series: Iterable[Patch], folder: Path = FOLDER) -> frozenset[str]:
+    """The commits that this package stands for: those of the series, and those in `folder/earlier`, which were the last
+    of an earlier one. Raises PatchError."""
+    try:
+        lines = (folder / "earlier").read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise PatchError(f"cannot read the list of earlier series: {error}", "Install ambersafe-cli again.") from error
+    return frozenset(patch.commit for patch in series) | {line for line in lines if re.fullmatch("[0-9a-f]{40}", line)}
 
 
 def read_series(folder: Path = FOLDER) -> tuple[Patch, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from ambersafe_cli import curves, display, extras, panels, runs, tensorboard_files, writing
+from ambersafe_cli import curves, display, extras, files, panels, runs, tensorboard_files, writing
 from ambersafe_cli.errors import RunFolderError, UsageError
 
 _FORMATS = ("png", "svg")
@@ -130,7 +130,7 @@ def _places(out: Path | None, found: Sequence[runs.Run]) -> dict[str, Path]:
     """Where each format goes. Raises UsageError for a format that there is not."""
     name = stage(found[0]) if len(found) == 1 else "comparison"
     if out is None:
-        out = found[0].folder / "plots" / name
+        out = files.place_in(found[0].folder, "plots") / name
     elif out.is_dir():
         out = out / name
     elif out.suffix.lower() in (".pdf", ".jpg", ".jpeg", ".gif", ".eps", ".ps", ".webp", ".tif", ".tiff"):

@@ -11,9 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ambersafe_cli import adapter_findings, checkpoints, clone_config, data_findings, files, hub, integrity, models
+from ambersafe_cli import (
+    adapter_findings,
+    checkpoints,
+    clone_config,
+    data_findings,
+    files,
+    hub,
+    integrity,
+    model_code,
+    models,
+)
 from ambersafe_cli.environment import INSTALL_HINT
-from ambersafe_cli.errors import ArchiveError
+from ambersafe_cli.errors import ArchiveError, HubError
 from ambersafe_cli.findings import Finding
 from ambersafe_cli.plans import Plan, in_gigabytes, make_plan
 from ambersafe_cli.speed_findings import of_speed
@@ -69,7 +79,7 @@ def check(subject: Subject) -> Report:
     findings += [*_of_template(subject, config), *_of_wandb(config)]
     sources = hub.sources(config, subject.stage.data, subject.stage.data_revision)
     lacking = {source: hub.lacking(source) for source in sources}
-    findings += _of_sources(subject, lacking)
+    findings += [*_of_sources(subject, lacking), *_of_code(sources[0], subject)]
     model = hub.folder_of(sources[0]) if "config.json" not in lacking[sources[0]] else None
     shapes = None
     try:
@@ -216,6 +226,13 @@ def _of_sources(subject: Subject, lacking: Mapping[hub.Source, list[str]]) -> It
             yield Finding("error", f"{problem}, and {offline} is set.", f"Where there is a network: `{command}`.")
         else:
             yield Finding("warning", f"{problem}: it will be downloaded.", f"`{command}` does that beforehand.")
+
+
+def _of_code(model: hub.Source, subject: Subject) -> Iterator[Finding]:
+    try:
+        model_code.require_none(model, subject.environment.python)
+    except HubError as error:
+        yield Finding("error", error.message, error.hint)
 
 
 def _of_archive(subject: Subject, config: Mapping[str, Any], model: checkpoints.Shapes | None) -> Iterator[Finding]:

@@ -4,13 +4,13 @@ import hashlib
 import os
 import platform
 import re
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ambersafe_cli import checkpoints
 from ambersafe_cli.errors import UsageError
+from ambersafe_cli.git_calls import look
 
 if TYPE_CHECKING:
     from ambersafe_cli.environment import TrainingEnvironment
@@ -73,9 +73,10 @@ def require_no_secret(settings: Iterable[tuple[str, object]]) -> None:
 
 def require_no_secret_for_slurm(options: Sequence[str]) -> None:
     """The same of options for sbatch, which get into slurm.sh; `--export` may set variables by name."""
-    pairs = [option.lstrip("-").partition("=") for option in options]
-    settings: list[tuple[str, object]] = [(f"--{name}", value) for name, _, value in pairs]
-    for name, _, value in pairs:
+    words = [re.split(r"[=\s]+", option.lstrip("-"), maxsplit=1) for option in options]
+    pairs = [(name, rest[0] if rest else "") for name, *rest in words]
+    settings: list[tuple[str, object]] = [(f"--{name}", value) for name, value in pairs]
+    for name, value in pairs:
         if name == "export":
             settings += [(key, text) for key, _, text in (each.partition("=") for each in value.split(","))]
     require_no_secret(settings)
@@ -157,23 +158,14 @@ def of_checkpoint(path: object) -> str | None:
 def of_working_folder(folder: Path) -> dict[str, Any] | None:
     """The commit and branch of the repository that a folder lies in, and its tracked files that were changed.
 
-    None if it lies in none, or git cannot or may not say at once. No hook is run for it, and nothing is written.
+    None if it lies in none, or git cannot or may not say at once. Nothing that the repository names is run for it, and
+    nothing is written.
     """
-    command = ["git", "-C", str(folder), "--no-optional-locks", "-c", "core.fsmonitor=false"]
-    command += ["-c", f"core.hooksPath={os.devnull}", "status", "--porcelain=v2", "--branch", "-z"]
-    command += ["--untracked-files=no", "--ignore-submodules=all", "--no-renames", "--no-ahead-behind"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    try:
-        said = subprocess.run(
-            command,
-            env={**environment, "GIT_TERMINAL_PROMPT": "0"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=GIT_TIMEOUT,
-            check=True,
-        ).stdout.decode(errors="backslashreplace")
-    except (OSError, subprocess.SubprocessError):
+    how = ("--porcelain=v2", "--branch", "-z", "--untracked-files=no", "--ignore-submodules=all", "--no-renames")
+    found = look(folder, GIT_TIMEOUT, "status", *how, "--no-ahead-behind")
+    if found is None:
         return None
+    said = found.decode(errors="backslashreplace")
     lines = said.split("\0")[:-1]
     head = {key: value for key, _, value in (line[2:].partition(" ") for line in lines if line[:2] == "# ")}
     # "1 XY sub mH mI mW hH hI path" of a changed file, "u XY sub m1 m2 m3 mW h1 h2 h3 path" of one that is unmerged.

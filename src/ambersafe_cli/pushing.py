@@ -47,12 +47,11 @@ def _push(folder: Path, repo: str, private: bool) -> str:
     if not sys.stderr.isatty():
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # before the import
     import huggingface_hub
-    from huggingface_hub import constants
 
     if variable := hub.offline_by():
         raise ExportError(f"Cannot push to {repo}: {variable} is set.")
     if not huggingface_hub.get_token():
-        raise ExportError(f"Cannot push to {repo}: nobody is logged in at {constants.ENDPOINT}.")
+        raise ExportError(f"Cannot push to {repo}: nobody is logged in at {hub.endpoint()}.")
     api = huggingface_hub.HfApi()
     name = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
     if private and not api.model_info(name).private:
@@ -60,27 +59,26 @@ def _push(folder: Path, repo: str, private: bool) -> str:
             f"{name} is there already, and everybody can see it: nothing was pushed.",
             "Make it a private one on its page, or give another name, and export again with --force.",
         )
-    display.say(f"uploading to {constants.ENDPOINT}/{name} …")
+    display.say(f"uploading to {hub.endpoint()}/{name} …")
     api.upload_folder(
         repo_id=name,
         folder_path=folder,
         commit_message="Upload a model with ambersafe-cli",
         delete_patterns=_OF_AN_EARLIER_ONE,
     )
-    return f"{constants.ENDPOINT}/{name}"
+    return f"{hub.endpoint()}/{name}"
 
 
 def _problem(repo: str, error: BaseException) -> str:
     """What went wrong, on one line, and without the token whatever it says."""
     import huggingface_hub
-    from huggingface_hub import constants
 
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status == 401:
-        return f"Cannot push to {repo}: {constants.ENDPOINT} does not know the token that is logged in."
+        return f"Cannot push to {repo}: {hub.endpoint()} does not know the token that is logged in."
     if status == 403:
         return f"Cannot push to {repo}: the token that is logged in may not write there."
     said = " ".join(str(error).split()) or type(error).__name__
     token = huggingface_hub.get_token()
     said = said.replace(token, "***") if token else said
-    return f"Cannot push to {repo} at {constants.ENDPOINT}: {said.rstrip('.'):.300}."
+    return f"Cannot push to {repo} at {hub.endpoint()}: {said.rstrip('.'):.300}."

@@ -14,11 +14,11 @@ from typing import Any
 from ambersafe_cli import data_findings, display, launch, metrics, patches, provenance, runs, upstream, worktrees
 from ambersafe_cli.errors import AmberSafeError, ArchiveError, CloneError, DataError, RunFolderError, UsageError
 from ambersafe_cli.overrides import assign, parse_overrides
-from ambersafe_cli.untouched import require_untouched
+from ambersafe_cli.untouched import require_known, require_untouched
 
 # Hydra starts what its own keys name; a key that begins with _ is its for making objects; and of a group it reads a
 # file, which may lie anywhere.
-_KEY = re.compile(r"(?!(?:hydra|defaults)\b)[A-Za-z]\w*(?:\.[A-Za-z]\w*)*")
+_KEY = re.compile(r"(?!(?:hydra|defaults|local_dirs)\b)[A-Za-z]\w*(?:\.[A-Za-z]\w*)*")
 _GROUPS = ("model", "loss")
 _REFERENCE = re.compile(r"\$\{[\w.]+\}")
 
@@ -34,6 +34,7 @@ def clone(upstreams: Mapping[str, Any], allow_modified: bool) -> Path:
     now = f"{folder} is at {state.head[:12]}{' with edits' if state.edited else ''}"
     then = f"the run was started with {upstreams['head'][:12]}{' with edits' if upstreams['edited'] else ''}"
     try:
+        require_known(folder, upstreams["head"], patches.read_series())
         if not is_as_then and upstreams["edited"]:
             raise CloneError(f"{now}; {then}.", "--allow-modified goes on with it as it is.")
         found = folder if is_as_then else worktrees.folder_at(folder, upstreams["head"])
@@ -71,23 +72,25 @@ def is_this(python: str) -> bool:
         return False
 
 
-def words(record: runs.Record, folder: Path) -> list[str]:
+def words(record: runs.Record, folder: Path, allow_modified: bool = False) -> list[str]:
     """What train.py was told, KEY=VALUE each, with another run folder.
 
-    Raises RunFolderError for what would have it start or read something else than a training does.
+    Raises RunFolderError for what could have it start or read something else than a training does; with
+    `allow_modified` only for what is not KEY=VALUE.
     """
     own = {"local_run_dir": folder, "hydra.run.dir": folder / "hydra"}
     found = []
     for word in _behind_the_script(record["command"]):
-        key = word.partition("=")[0]
-        if key not in own and not _is_setting(word):
+        if _key(word) in own:  # in whatever form
+            continue
+        if not is_setting(word) and not (allow_modified and _key(word)):
             raise RunFolderError(
                 f"The run's record has {word!r} for train.py, which may start or read something else than a training "
                 "does.",
-                "If that is your own, start the stage again.",
+                "If you have given it yourself, --allow-modified goes on with it.",
             )
-        found.append(assign(key, str(own[key])) if key in own else word)
-    return found
+        found.append(word)
+    return [*found, *(assign(key, str(path)) for key, path in own.items())]
 
 
 def _behind_the_script(command: list[str]) -> list[str]:
@@ -96,15 +99,21 @@ def _behind_the_script(command: list[str]) -> list[str]:
     return command[scripts[0] + 1 :] if scripts else []
 
 
-def _is_setting(word: str) -> bool:
+def _key(word: str) -> str | None:
     try:
-        (override,) = parse_overrides([word])
+        return parse_overrides([word])[0].key
     except UsageError:
+        return None
+
+
+def is_setting(word: str) -> bool:
+    """Whether a KEY=VALUE only sets a value of upstream's config, so that it may come from anybody's record."""
+    key, (prefix, _, text) = _key(word), word.partition("=")
+    if not key or prefix not in (key, f"+{key}") or re.search(r"\$\\*\{", _REFERENCE.sub("", text)):
         return False
-    text = word.partition("=")[2]
-    if "${" in _REFERENCE.sub("", text):
-        return False
-    return bool(_KEY.fullmatch(override.key)) and (override.key not in _GROUPS or bool(re.fullmatch(r"[\w-]+", text)))
+    if key in _GROUPS or key.endswith("attn_implementation"):  # of which transformers would fetch ORG/NAME, and run it
+        return bool(re.fullmatch(r"[\w-]+", text))
+    return bool(_KEY.fullmatch(key))
 
 
 def settings(record: runs.Record) -> dict[str, str]:

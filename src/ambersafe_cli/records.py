@@ -48,6 +48,11 @@ def _words(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(map(_for_the_system, value))
 
 
+def _of_ours(value: Any) -> bool:
+    """Whether the value is a command of this program: it is shown for users to type."""
+    return _words(value) and value[0] == "ambersafe"
+
+
 def _settings(value: Any) -> bool:
     return isinstance(value, dict) and all(
         _for_the_system(name) and name and "=" not in name and _for_the_system(text) for name, text in value.items()
@@ -89,14 +94,14 @@ _NEEDED: Mapping[str, _Check] = {
     "attempts": _attempts,
     "command": _words,
     "environment": _settings,
-    "next_command": _words,
+    "next_command": _of_ours,
     "model": _mapping,
     "model.name": _text,
     "model.revision": _text_or_none,
     "data": _mapping,
     "upstream": _mapping,
     "upstream.folder": lambda value: _for_the_system(value) and value != "",
-    "upstream.head": _text,
+    "upstream.head": lambda value: isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{40}", value)),
     "upstream.edited": _list,
     "upstream.can_resume": lambda value: isinstance(value, bool),
 }

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ambersafe_cli import __version__, display, extras, pages, plot, runs, show, writing
+from ambersafe_cli import __version__, display, extras, files, pages, plot, runs, show, writing
 
 FILE = "report.html"
 MARK = "made by ambersafe-cli"
@@ -29,8 +29,8 @@ def run(name: str | None, out: Path | None) -> None:
     """
     extras.require("jinja2", "plot")
     found = runs.open_run(name)
-    path = (out or found.folder / FILE).absolute()
-    path = path / f"{found.folder.name}.html" if path.is_dir() else path
+    path = (out or files.place_in(found.folder, FILE)).absolute()
+    path = path / f"{found.folder.name}.html" if out and path.is_dir() else path
     # A name that is not UTF-8 has code points of its own in Python, which no page can hold.
     writing.write(path, render(page_of(found)).encode("utf-8", errors="replace"), MARK)
     display.write(str(path))

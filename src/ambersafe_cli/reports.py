@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def setup(folder: Path, repo: str | None, commit: str | None, minimal: bool, force: bool) -> None:
     """Make or mend the clone and say what was done. Raises CloneError, SourceError, PatchError, GitError."""
-    from ambersafe_cli import cloning, git_calls, upstream
+    from ambersafe_cli import cloning, upstream
 
     series = patches.read_series()
     wanted = cloning.Wanted(repo or upstream.UPSTREAM_URL, commit or upstream.PINNED_COMMIT, series, minimal)
@@ -26,7 +26,7 @@ def setup(folder: Path, repo: str | None, commit: str | None, minimal: bool, for
         display.warn(f"kept {place}")
     what = f"{folder} is upstream {str(state.base)[:12]} with {len(wanted.patches)} patches, at {state.head[:12]}"
     if repo and not result.changed and repo != state.url:
-        display.warn(f"--repo {git_calls.without_secrets(repo)} was not needed: the clone came from {state.url}")
+        display.warn(f"--repo {display.without_secrets(repo)} was not needed: the clone came from {state.url}")
     display.say(f"{what}." if result.changed else f"Nothing to do: {what} already.")
     if result.changed:
         display.say("next: `ambersafe sft`, or `ambersafe demo` to try it first")

@@ -78,7 +78,8 @@ def _prepare(folder: Path, record: runs.Record, python: str | None, allow_modifi
     if launch.TORCHRUN in record["command"]:
         start = launch.torchrun(training.python_version, of, max(1, processes // of.count))
         settings |= machines.settings(of)
-    command = (training.python, *start, str(clone / "train.py"), *recorded.words(record, new), *pins)
+    words = [*recorded.words(record, new, allow_modified), *pins]
+    command = (training.python, *start, str(clone / "train.py"), *words)
     known = {field.name for field in fields(recipe.Recipe)}
     return stages.Prepared(
         stage=stage,

@@ -140,7 +140,7 @@ def _again(
     """
     clone = recorded.clone(record["upstream"], allow_modified)
     pins, settings = recorded.pinned(record, folder)
-    words = [*recorded.words(record, folder), *pins]
+    words = [*recorded.words(record, folder, allow_modified), *pins]
     python = recorded.interpreter(record, python)
     display.say(f"runs {clone / 'train.py'} with {python}")
     training = environment.probe(python, ask_torch=True)

@@ -59,6 +59,7 @@ def make(folder: Path) -> None:
     """Make a run's folder. Raises RunFolderError if that cannot be done, UsageError if it holds something already."""
     try:
         share_cache(folder)
+        _require_no_link_of_others(folder)
         folder.mkdir(parents=True, exist_ok=True)
         require_empty(folder)
     except OSError as error:
@@ -78,9 +79,21 @@ def share_cache(folder: Path) -> None:
         return
     with contextlib.suppress(FileExistsError):
         cache.mkdir()
-        with contextlib.suppress(OSError):  # who is not of that group
-            os.chown(cache, -1, around.st_gid)
-        cache.chmod(stat.S_IMODE(around.st_mode))
+        handle = os.open(cache, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)  # another may have put a link there
+        try:
+            if os.fstat(handle).st_uid == os.getuid():
+                with contextlib.suppress(OSError):  # who is not of that group
+                    os.fchown(handle, -1, around.st_gid)
+                os.fchmod(handle, stat.S_IMODE(around.st_mode))
+        finally:
+            os.close(handle)
+
+
+def _require_no_link_of_others(folder: Path) -> None:
+    """Raise RunFolderError if a folder would lie behind a link that another user has put into the working folder."""
+    for path in (folder, *folder.parents):
+        if path.is_symlink() and path.is_relative_to(Path.cwd()) and path.lstat().st_uid not in (0, os.getuid()):
+            raise RunFolderError(f"{path} is a link of another user's.", "Delete it, or work in another folder.")
 
 
 def require_empty(folder: Path) -> None:

@@ -75,10 +75,12 @@ def _flags_of_resume(prepared: "Prepared") -> list[str]:
 
 
 def _allows_modified(prepared: "Prepared") -> bool:
-    """Whether the run goes on with a clone that is not what the series makes: who starts it so has said that."""
+    """Whether the run goes on with what a record alone could not ask for, as who starts it has: a clone that is not
+    what the series makes, or a KEY=VALUE that does more than setting a value."""
     clone = prepared.clone
-    is_of_series = clone.head in {each.patch.commit for each in clone.patches}
-    return prepared.allow_modified or bool(clone.edited) or not is_of_series
+    is_of_series = clone.head in patches.known(each.patch for each in clone.patches)
+    is_plain = all(recorded.is_setting(override.text) for override in prepared.stage.overrides)
+    return prepared.allow_modified or bool(clone.edited) or not is_of_series or not is_plain
 
 
 def show(prepared: "Prepared", request: Request) -> None:

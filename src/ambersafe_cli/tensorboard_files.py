@@ -63,7 +63,7 @@ def make(folder: Path) -> Path:
     written or the metrics cannot be read.
     """
     extras.require("tensorboard", EXTRA)
-    place = folder / FOLDER
+    place = files.place_in(folder, FOLDER)
     temporary = place / ".events.new"
     try:
         place.mkdir(exist_ok=True)

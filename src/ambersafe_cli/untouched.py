@@ -12,29 +12,36 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ambersafe_cli import files
 from ambersafe_cli.errors import CloneError
 from ambersafe_cli.git_calls import git_errors
-from ambersafe_cli.patches import Patch
+from ambersafe_cli.patches import Patch, known
 from ambersafe_cli.upstream import open_clone
 
 _MODULES = tuple(importlib.machinery.all_suffixes())
+_INSTALLED = (".dist-info", ".egg-info", ".egg", ".egg-link")
 _CACHE = "__pycache__"
+_MEND = "--allow-modified runs it as it is: only if you know whose it is."
 
 
 def require_untouched(folder: Path, commit: str, series: Sequence[Patch]) -> None:
-    """Raise CloneError unless a folder holds the commit of a patch of our series, and nothing besides that Python would
-    import. What Python has compiled there is deleted: it is made again."""
-    mend = "--allow-modified runs it as it is: only if you know whose it is."
-    if commit not in {patch.commit for patch in series}:
-        raise CloneError(f"{folder} is at {commit[:12]}, which no patch of this ambersafe makes.", mend)
+    """Raise CloneError unless a folder holds the commit of a patch of our series, or of an earlier one, and nothing
+    besides that Python would import. What Python has compiled there is deleted: it is made again."""
+    require_known(folder, commit, series)
     wanted = dict(_files(folder, commit))
     if wrong := [name for name, (mode, blob) in wanted.items() if not _is_there(folder / name, mode, blob)]:
-        raise CloneError(f"{folder} is not {commit[:12]} as the series makes it: {', '.join(sorted(wrong))}.", mend)
+        raise CloneError(f"{folder} is not {commit[:12]} as the series makes it: {', '.join(sorted(wrong))}.", _MEND)
     folders = {folder, *((folder / name).parent for name in wanted)}
     for place in sorted(folders):
         _delete_compiled(place)
     if more := sorted(_importable(folder, wanted)):
-        raise CloneError(f"{folder} holds what train.py could import and no commit has: {', '.join(more)}.", mend)
+        raise CloneError(f"{folder} holds what train.py could import and no commit has: {', '.join(more)}.", _MEND)
+
+
+def require_known(folder: Path, commit: str, series: Sequence[Patch]) -> None:
+    """Raise CloneError unless a commit is that of a patch of our series, or of an earlier one."""
+    if commit not in known(series):
+        raise CloneError(f"{folder} is at {commit[:12]}, which no patch of this ambersafe makes.", _MEND)
 
 
 def _files(folder: Path, commit: str) -> Iterator[tuple[str, tuple[int, str]]]:
@@ -73,7 +80,10 @@ def _is_there(path: Path, mode: int, blob: str) -> bool:
     try:
         if stat.S_ISLNK(mode):
             return _id_of("blob", os.fsencode(path.readlink())) == blob
-        return stat.S_ISREG(path.lstat().st_mode) and _id_of("blob", path.read_bytes()) == blob
+        if path.is_symlink():
+            return False
+        with files.open_to_read(path) as file:
+            return _id_of("blob", file.read(files.LARGEST)) == blob
     except OSError:
         return False
 
@@ -94,20 +104,33 @@ def _delete_compiled(folder: Path) -> None:
 
 
 def _importable(folder: Path, wanted: dict[str, tuple[int, str]]) -> Iterator[str]:
-    """What lies beside train.py and could be taken for a module or a package."""
+    """What lies beside the files of the commit and could be taken for a module, a package, one that is installed, whose
+    entry points others import, or a part of the config."""
     own = {name.partition("/")[0] for name in wanted}
     for entry in os.scandir(folder):
         name = entry.name
-        if entry.is_dir():
-            if name.isidentifier() and any(_more(folder / name, folder, wanted)):
-                yield f"{name}/"
-        elif name not in own and name.endswith(_MODULES):
+        if entry.is_dir() and name in own:
+            yield from (found for found in _below(folder / name, folder) if found not in wanted)
+        elif name.casefold().endswith((*_MODULES, *_INSTALLED)) and name not in own:
             yield name
+        elif entry.is_dir() and name.isidentifier() and _may_be_package(folder / name):
+            yield f"{name}/"
 
 
-def _more(folder: Path, clone: Path, wanted: dict[str, tuple[int, str]]) -> Iterator[str]:
-    """Modules below a folder of the commit that the commit does not have."""
-    for path in folder.rglob("*"):
-        name = str(path.relative_to(clone))
-        if name not in wanted and path.name.endswith(_MODULES):
-            yield name
+def _may_be_package(folder: Path) -> bool:
+    """Whether a folder holds a module, at any depth; a link may lead to one."""
+    if folder.is_symlink():
+        return True
+    paths = ((place, names) for place, folders, more in os.walk(folder) for names in [folders + more])
+    return any(
+        name.casefold().endswith(_MODULES) or os.path.islink(os.path.join(place, name))  # noqa: PTH114, PTH118, quick
+        for place, names in paths
+        for name in names
+    )
+
+
+def _below(folder: Path, clone: Path) -> Iterator[str]:
+    """The files and links at any depth of a folder, by their path in the clone."""
+    for place, folders, names in os.walk(folder):
+        for name in [*names, *(each for each in folders if (Path(place) / each).is_symlink())]:
+            yield str((Path(place) / name).relative_to(clone))

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import git
 
+from ambersafe_cli.display import without_secrets
 from ambersafe_cli.errors import CloneError, PatchError
 from ambersafe_cli.git_calls import (
     COMMITTER_EMAIL,
@@ -25,7 +26,6 @@ from ambersafe_cli.git_calls import (
     require_git,
     what_git_said,
     with_own_settings,
-    without_secrets,
 )
 from ambersafe_cli.patches import Patch, normal_diff
 
@@ -246,10 +246,11 @@ def edited_files(repo: git.Repo) -> tuple[str, ...]:
 
 
 def changed_files(repo: git.Repo, *between: str) -> list[str]:
-    return str(repo.git.diff("--name-only", "--no-renames", "-z", *between)).split("\0")[:-1]
+    return str(repo.git.diff("--name-only", "--no-renames", "--ignore-submodules=all", "-z", *between)).split("\0")[:-1]
 
 
 def _fingerprint_of_edits(repo: git.Repo) -> str:
     # Not `git diff`: how that writes one is the user's to configure.
-    changes = repo.git.diff_index("-p", "--binary", "--no-ext-diff", "--no-textconv", "HEAD", stdout_as_string=False)
+    how = ("-p", "--binary", "--no-ext-diff", "--no-textconv", "--ignore-submodules=all")
+    changes = repo.git.diff_index(*how, "HEAD", stdout_as_string=False)
     return hashlib.sha256(changes).hexdigest()

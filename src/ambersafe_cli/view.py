@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ambersafe_cli import metrics
+from ambersafe_cli.display import printable
 from ambersafe_cli.following import Following, clean
 
 if TYPE_CHECKING:
@@ -137,14 +138,14 @@ class View:
     def _text(self, text: str, width: int, style: str = "") -> "Text":
         from rich.text import Text
 
-        line = Text(text, style=style, no_wrap=True)
+        line = Text(printable(clean(text)), style=style, no_wrap=True)
         line.truncate(width, overflow="ellipsis")
         return line
 
     def _head(self, width: int, now: float) -> list["Text"]:
         run = self._run
         elapsed = duration((run.ended or now) - run.began)
-        right = f"{run.status}  {elapsed}"
+        right = printable(clean(f"{run.status}  {elapsed}"))
         left = f"{run.stage} of {run.model}"
         gap = width - len(right) - 2
         title = self._text(left, max(gap, 1), "bold")
@@ -226,7 +227,7 @@ class View:
         lines = []
         for advice in self._run.advice:
             style = "yellow" if advice.level == "warning" else "dim"
-            text = clean(f"{advice.level}: {advice.what} {advice.mend}")
+            text = printable(clean(f"{advice.level}: {advice.what} {advice.mend}"))
             lines += [self._text(each, width, style) for each in textwrap.wrap(text, width, subsequent_indent="  ")]
         return lines
 

@@ -95,8 +95,8 @@ class Tail:
             return []
         with files.open_to_read(self._path) as file:
             file.seek(self._offset)
-            data = file.read()
-        end = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
+            data = file.read(files.LONGEST_LINE)
+        end = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1 or len(data) // files.LONGEST_LINE * files.LONGEST_LINE
         self._offset += end
         return data[:end].decode(errors="replace").replace("\r", "\n").splitlines()
 

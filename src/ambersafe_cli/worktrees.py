@@ -33,6 +33,9 @@ def folder_at(clone: Path, commit: str) -> Path:
                 f"Fetch it from a clone that does: `git -C {clone} fetch OTHER_CLONE {commit}`.",
             )
         folder = clone.with_name(f"{clone.name}.worktrees") / commit[:12]
+        for place in (folder.parent, folder):
+            if place.is_symlink():
+                raise CloneError(f"{place} is a link.", "Delete it: what it led to is made there as it is needed.")
         with alone(clone.parent, display.say):
             if not _is_whole(folder, commit):
                 _remove_half_made(repo, folder, commit)

@@ -43,9 +43,8 @@ def link(place: Path, victim: Path) -> None:
     ("command", "planted"),
     [
         (("report", "run"), ".report.html.new"),
-        (("report", "run"), "report.html"),
-        (("plot", "run"), ".curves.png.new"),
-        (("plot", "run"), "curves.png"),
+        (("plot", "run"), "plots/.dpo.png.new"),
+        (("plot", "run"), "plots/.dpo.svg.new"),
         (("plot", "run", "--tensorboard"), "tensorboard/.events.new"),
     ],
 )
@@ -54,14 +53,39 @@ def test_what_is_drawn_is_not_written_through_a_link(
 ) -> None:
     link(run / planted, victim)
     done = run_ambersafe(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert victim.read_text() == "mine\n"
-    assert done.returncode in (0, 64), done.stderr  # or there is something that is not ours
-    assert "Traceback" not in done.stderr
+    assert not os.path.lexists(run / planted)
 
 
-def test_no_name_that_is_written_first_is_written_through_a_link(run: Path, victim: Path) -> None:
-    link(run / "run.json.new", victim)
+@pytest.mark.parametrize("to_folder", [True, False])
+@pytest.mark.parametrize(
+    ("command", "planted"),
+    [
+        (("report", "run"), "report.html"),
+        (("plot", "run"), "plots"),
+        (("plot", "run", "--tensorboard"), "tensorboard"),
+    ],
+)
+def test_a_link_in_the_place_of_what_is_drawn_is_refused(
+    command: tuple[str, ...], planted: str, to_folder: bool, run: Path, victim: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine").mkdir()
+    link(run / planted, tmp_path / "mine" if to_folder else victim)
+    done = run_ambersafe(*command, cwd=tmp_path)
+    assert done.returncode == 74, done.stderr
+    assert "is a link" in done.stderr
+    assert victim.read_text() == "mine\n"
+    assert not list((tmp_path / "mine").iterdir())
+
+
+def test_no_name_that_is_written_first_is_written_through_a_link(
+    run: Path, victim: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("secrets.token_hex", lambda count: "0" * 2 * count)
+    link(run / "run.json.00000000.new", victim)
     runs.write(run, runs.read(run) or {})
+    assert not (run / "run.json.00000000.new").is_symlink()
     link(run / f"evaluation.json.{os.getpid()}.new", victim)
     files.write_json(run / "evaluation.json", {})
     assert victim.read_text() == "mine\n"
@@ -125,8 +149,12 @@ def test_a_header_of_any_length_is_not_read(tmp_path: Path) -> None:
 PEAK = """
 import json, resource, sys
 from pathlib import Path
-from ambersafe_cli import metrics
+from ambersafe_cli import journal, metrics, watch
 log = metrics.read_log(Path(sys.argv[1]))
+tail = watch.Tail(Path(sys.argv[1]), 10**9)
+while tail.new():
+    pass
+entries = sum(1 for _ in journal.Follower(Path(sys.argv[1])).new())
 print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, log.last_step.examples]))
 """
 
@@ -148,35 +176,48 @@ def test_a_line_of_any_length_takes_little_memory(tmp_path: Path) -> None:
 
 # --- what is shown ---
 
-EVIL = "\x1b]0;title\x07\x1b[2J\x1b[31mred\u202e\r\x9b31m"
+EVIL = "\x1b]0;title\x07\x1b[2J\x1b[31mred\u202e\r\x9b31m\u061c\u200b"
+
+
+KEPT = ("status", "folder", "stage", "head")
 
 
 def spoil(value: Any) -> Any:
-    """Every text of a record with what a terminal takes for commands behind it, but for those that are names."""
+    """Every text of a record with what a terminal takes for commands behind it, but for what a record must have."""
     if isinstance(value, dict):
-        return {key: each if key in ("status", "folder", "stage") else spoil(each) for key, each in value.items()}
+        return {key: each if key in KEPT else spoil(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [spoil(each) for each in value]
+        return [value[0], *map(spoil, value[1:])] if value[:1] == ["ambersafe"] else [spoil(each) for each in value]
     return value + EVIL if isinstance(value, str) and not re.match(r"\d{4}-", value) else value
 
 
 @pytest.mark.parametrize(
-    "command",
+    ("command", "status", "is_shown"),
     [
-        ("show", "run"), ("runs",), ("watch", "run"), ("report", "run"), ("resume", "run"), ("reproduce", "run"),
-        ("export", "run"), ("evaluate", "run"), ("stop", "run"), ("show", "run", "--json"), ("plot", "run"),
-        ("sample", "run"), ("export", "run", "--model", f"x{EVIL}"), ("show", f"no{EVIL}"), ("watch", "run", "--plain"),
+        (("show", "run"), "finished", True), (("runs",), "finished", False), (("watch", "run"), "finished", True),
+        (("report", "run"), "finished", False), (("plot", "run"), "finished", False),
+        (("resume", "run"), "interrupted", True), (("reproduce", "run"), "finished", True),
+        (("show", "run", "--json"), "finished", True), (("watch", "run", "--plain"), "finished", True),
+        (("stop", "run"), "finished", False), (("sample", "run"), "finished", False),
+        (("export", "run", "--model", f"x{EVIL}"), "finished", False), (("show", f"no{EVIL}"), "finished", True),
+        (("show", "--debug", f"no{EVIL}"), "finished", True),
     ],
 )  # fmt: skip
 def test_nothing_that_a_record_or_a_log_holds_is_a_command_to_the_terminal(
-    command: tuple[str, ...], run: Path, tmp_path: Path
+    command: tuple[str, ...], status: str, is_shown: bool, run: Path, tmp_path: Path
 ) -> None:
     record = json.loads((run / "run.json").read_text())
     more = {"recipe": {"source": "x"}, "values": {"exp_name": "x"}, "archive": "/x", "sft_run": "/x", "overrides": []}
-    (run / "run.json").write_text(json.dumps(spoil({**record, **more, "python": {"path": "p", "version": "v"}})))
+    more |= {"python": {"path": "p", "version": "v"}, "status": status}
+    spoilt = spoil({**record, **more})
+    spoilt["upstream"]["folder"] += EVIL
+    (run / "run.json").write_text(json.dumps(spoilt))
     (run / "train.log").write_text(as_log(records("dpo", 3)) + EVIL + "\n")
     done = run_ambersafe(*command, cwd=tmp_path)
     for said in (done.stdout, done.stderr):
-        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", said), said
-    assert "Traceback" not in done.stderr
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u202a-\u202e\u2066-\u2069]", said), said
+    assert "malformed" not in done.stderr
+    if is_shown:  # it came so far, and shows it
+        assert re.search(r"\\(x1b|u001b)", done.stdout + done.stderr), done.stdout + done.stderr
     assert "defect" not in done.stderr, done.stderr
+    assert "--debug" in command or "Traceback" not in done.stderr

@@ -1,21 +1,25 @@
 """A run's folder that somebody else made: what its run.json, and the clone that it names, may decide, and what not."""
 
+import functools
 import json
 import os
 import shutil
+import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import made_runs
 import pytest
-from conftest import git, only_run, run_ambersafe
+from conftest import commit, git, make_repository, only_run, run_ambersafe
 from hypothesis import given
 from hypothesis import strategies as st
-from test_real_upstream import model, ours, rows  # noqa: F401, fixtures
+from test_real_upstream import TINY, model, ours, rows  # noqa: F401, fixtures
 
-from ambersafe_cli import patches, recorded
-from ambersafe_cli.errors import CloneError, RunFolderError
+from ambersafe_cli import checkpoints, files, patches, recorded, runs, untouched
+from ambersafe_cli.errors import ArchiveError, CloneError, RunFolderError
 from ambersafe_cli.untouched import require_untouched
 
 THE_FIVE = ("export", "reproduce", "resume", "evaluate", "sample")
@@ -109,6 +113,12 @@ def test_the_environment_that_a_record_names_is_not_set(command: str, foreign: F
         "-m",
         "--resume=x",
         "~hydra",
+        "~lr",
+        "++lr=1",
+        "local_dirs=[/tmp/other]",
+        "exp_name=$\\{oc.env:HF_TOKEN\\}",
+        "exp_name='$\\\\{oc.env:HF_TOKEN}'",
+        "model.attn_implementation=org/kernels",
     ],
 )
 def test_a_word_that_would_start_or_read_something_else_is_refused(word: str) -> None:
@@ -121,6 +131,25 @@ def test_a_word_that_would_start_or_read_something_else_is_refused(word: str) ->
 def test_what_a_user_may_have_said_is_taken(word: str) -> None:
     record = {"command": [sys.executable, "/clone/train.py", word, "local_run_dir=/a", "hydra.run.dir=/a/hydra"]}
     assert recorded.words(record, Path("/run")) == [word, "local_run_dir='/run'", "hydra.run.dir='/run/hydra'"]
+
+
+@pytest.mark.parametrize("prefix", ["", "+", "++"])
+def test_a_record_does_not_say_where_train_py_writes(prefix: str) -> None:
+    own = ["local_run_dir='/run'", "hydra.run.dir='/run/hydra'"]
+    for key in ("local_run_dir", "hydra.run.dir"):
+        record = {"command": [sys.executable, "/clone/train.py", f"{prefix}{key}=/home"]}
+        assert recorded.words(record, Path("/run")) == own
+    assert recorded.words({"command": [sys.executable, "/clone/train.py"]}, Path("/run")) == own
+
+
+def test_what_a_user_has_given_goes_on_where_it_is_allowed() -> None:
+    words = ["hydra.verbose=true", "exp_name=${oc.env:USER}", "++new=1", "hydra/job_logging=none"]
+    record = {"command": [sys.executable, "/clone/train.py", *words]}
+    assert recorded.words(record, Path("/run"), allow_modified=True)[:4] == words
+    with pytest.raises(RunFolderError, match="may start or read something else"):
+        recorded.words(
+            {"command": [sys.executable, "train.py", "--config-dir=/tmp"]}, Path("/run"), allow_modified=True
+        )
 
 
 @given(st.lists(st.text()))
@@ -168,6 +197,24 @@ def put_a_package_beside(foreign: Foreign) -> None:
     (foreign.clone / "transformers" / "__init__.py").write_text(foreign.plant)
 
 
+def put_an_installed_package_beside(foreign: Foreign) -> None:
+    """Whose entry point torch would call when it is imported."""
+    folder = foreign.clone / "evil-1.DIST-INFO"
+    folder.mkdir()
+    (folder / "entry_points.txt").write_text("[torch.backends]\nx = timeit:main\n")
+
+
+def link_a_plugin_of_hydra(foreign: Foreign) -> None:
+    (foreign.work / "evil").mkdir()
+    (foreign.work / "evil" / "__init__.py").write_text(foreign.plant)
+    (foreign.clone / "hydra_plugins").mkdir()
+    (foreign.clone / "hydra_plugins" / "evil").symlink_to(foreign.work / "evil")
+
+
+def put_a_config_beside(foreign: Foreign) -> None:
+    (foreign.clone / "config" / "model" / "evil.yaml").write_text("# @package hydra.callbacks.x\n_target_: os.getcwd\n")
+
+
 def link_it(foreign: Foreign) -> None:
     (foreign.work / "utils.py").write_text(foreign.plant)
     (foreign.clone / "utils.py").unlink()
@@ -177,15 +224,29 @@ def link_it(foreign: Foreign) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
-    [edit, edit_unseen, commit_on_top, replace_the_commit, put_a_module_beside, put_a_package_beside, link_it],
+    [
+        edit,
+        edit_unseen,
+        commit_on_top,
+        replace_the_commit,
+        put_a_module_beside,
+        put_a_package_beside,
+        link_it,
+        put_an_installed_package_beside,
+        link_a_plugin_of_hydra,
+        put_a_config_beside,
+    ],
 )
 def test_a_clone_that_is_not_what_the_series_makes_is_not_run(how: Callable[[Foreign], None], foreign: Foreign) -> None:
     how(foreign)
     for command in ("reproduce", "resume", "evaluate"):
         done = foreign.ask(command)
-        assert done.returncode not in (0, 70), done.stderr
-        assert ("--dir" if command == "evaluate" else "--allow-modified") in done.stderr
         assert not foreign.proof.exists()
+        assert done.returncode in (0, 71), done.stderr
+        if done.returncode:
+            assert ("--dir" if command == "evaluate" else "--allow-modified") in done.stderr
+        else:  # with the commit of the series itself, beside it
+            assert f"{foreign.clone}.worktrees/" in done.stderr
 
 
 @pytest.mark.slow
@@ -208,6 +269,159 @@ def test_what_is_compiled_beside_a_file_is_not_run_in_its_place(foreign: Foreign
     done = foreign.ask("evaluate")
     assert done.returncode == 0, done.stderr
     assert not foreign.proof.exists()
+
+
+@pytest.mark.parametrize("head", ["main", "@^{/////bin/|.}", "HEAD", "a" * 39, "A" * 40, ""])
+def test_a_record_names_a_commit_by_its_whole_id(head: str, tmp_path: Path) -> None:
+    run = made_runs.recorded(tmp_path / "run", "dpo", [])
+    record = json.loads((run / "run.json").read_text())
+    record["upstream"]["head"] = head
+    (run / "run.json").write_text(json.dumps(record))
+    with pytest.raises(RunFolderError, match=r"upstream\.head"):
+        runs.read(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("linked", ["clone.worktrees", "clone.worktrees/{}"])
+def test_no_worktree_is_made_behind_a_link(linked: str, patched: Path, tmp_path: Path) -> None:
+    clone, home = tmp_path / "clone", tmp_path / "home"
+    shutil.copytree(patched, clone, symlinks=True)
+    home.mkdir()
+    old = git(clone, "rev-parse", "HEAD~1")
+    link = tmp_path / linked.format(old[:12])
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(home)
+    with pytest.raises(CloneError, match="is a link"):
+        recorded.clone({"folder": str(clone), "head": old, "edited": []}, False)
+    assert not list(home.iterdir())
+    link.unlink()
+    assert recorded.clone({"folder": str(clone), "head": old, "edited": []}, False).name == old[:12]
+
+
+def test_a_commit_that_is_not_known_gets_no_worktree(tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    make_repository(clone, {"train.py": "print()\n"})
+    old = git(clone, "rev-parse", "HEAD")
+    commit(clone, {"train.py": "print(1)\n"}, "More")
+    with pytest.raises(CloneError, match="which no patch of this ambersafe makes"):
+        recorded.clone({"folder": str(clone), "head": old, "edited": []}, False)
+    assert [path.name for path in tmp_path.iterdir()] == ["clone"]
+
+
+def test_a_run_that_was_started_with_an_earlier_series_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clone = tmp_path / "clone"
+    make_repository(clone, {"train.py": "print()\n"})
+    old = git(clone, "rev-parse", "HEAD")
+    monkeypatch.setattr(untouched, "known", functools.partial(patches.known, folder=tmp_path))
+    (tmp_path / "earlier").write_text(f"# of 1.0\n{old}\n")
+    assert recorded.clone({"folder": str(clone), "head": old, "edited": [], "edits": None}, False) == clone
+
+
+# --- models, checkpoints, the folder that one works in ---
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["config", "kernels", "tokenizer"])
+@pytest.mark.parametrize("command", ["check", "sft", "sample", "export"])
+def test_no_code_of_a_models_is_run_nor_is_anybody_asked(where: str, command: str, foreign: Foreign) -> None:
+    """Not even with a terminal for an answer: standard input says yes to all."""
+    record = json.loads((foreign.run / "run.json").read_text())
+    theirs = foreign.work / "model"
+    shutil.copytree(record["model"]["name"], theirs)
+    (theirs / "evil.py").write_text(foreign.plant)
+    name = "tokenizer_config.json" if where == "tokenizer" else "config.json"
+    config = json.loads((theirs / name).read_text())
+    if where == "kernels":
+        config["attn_implementation"] = "someone/kernels"
+    elif where == "tokenizer":
+        config |= {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}, "tokenizer_class": "Evil"}
+    else:
+        config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
+    (theirs / name).write_text(json.dumps(config))
+    foreign.change(lambda record: record["model"].update(name=str(theirs)))
+    of_stage = [
+        "--dir",
+        foreign.clone,
+        "--model",
+        theirs,
+        "--data",
+        record["data"]["name"],
+        "--trainer",
+        "BasicTrainer",
+    ]
+    words = {"check": ["check", "sft", *of_stage], "sft": ["sft", *of_stage, *TINY]}.get(command)
+    prompts = ["--prompts", foreign.prompts()] if command == "sample" else []
+    words = words or [command, foreign.run, "--model", theirs, *prompts]
+    done = subprocess.run(
+        [sys.executable, "-m", "ambersafe_cli", *map(str, words)],
+        cwd=foreign.work,
+        input="y\n" * 100,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert not foreign.proof.exists()
+    assert "[y/N]" not in done.stdout + done.stderr
+    assert "defect" not in done.stderr
+    if where != "tokenizer":
+        assert done.returncode in (76, 77), done.stderr
+        assert ("has code of its own" if where == "config" else "names code to be fetched") in done.stderr
+
+
+@pytest.mark.slow
+def test_no_file_that_a_models_folder_links_to_is_exported(foreign: Foreign) -> None:
+    record = json.loads((foreign.run / "run.json").read_text())
+    theirs, secret = foreign.work / "model", foreign.work / "id_rsa"
+    shutil.copytree(record["model"]["name"], theirs)
+    secret.write_text('{"a": "mysecret"}')
+    (theirs / "generation_config.json").unlink(missing_ok=True)
+    for name in ("generation_config.json", "vocab-notes.txt", "chat_template.jinja"):
+        (theirs / name).symlink_to(secret)
+    done = foreign.ask("export", "--model", theirs)
+    assert [path for path in (foreign.work / "exported").rglob("*") if b"mysecret" in path.read_bytes()] == []
+    assert done.returncode == 0 or "chat" in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+def test_an_export_does_not_go_where_a_link_in_the_run_leads(foreign: Foreign) -> None:
+    thesis = foreign.work / "thesis"
+    thesis.mkdir()
+    (thesis / "chapter").write_text("mine\n")
+    (foreign.run / "hugging_face").symlink_to(thesis)
+    done = run_ambersafe("export", foreign.run, "--force", cwd=foreign.work)
+    assert done.returncode == 64, done.stderr
+    assert "is a link" in done.stderr
+    assert [path.name for path in thesis.iterdir()] == ["chapter"]
+
+
+@pytest.mark.parametrize("command", [("status",), ("runs",), ("check", "sft")])
+def test_a_module_in_the_working_folder_is_not_imported(command: tuple[str, ...], tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    for name in ("json", "csv", "re", "importlib", "torch", "yaml", "typer", "sitecustomize"):
+        (work / f"{name}.py").write_text(f"open({str(tmp_path / 'proof')!r}, 'w')\n")
+    script = shutil.which("ambersafe", path=str(Path(sys.executable).parent))
+    assert script
+    subprocess.run(
+        [script, *command], cwd=work, capture_output=True, timeout=120, env={**os.environ, "AMBERSAFE_COLD": "1"}
+    )
+    assert not (tmp_path / "proof").exists()
+
+
+@pytest.mark.parametrize("name", ["policy.pt", "optimizer.pt", "scheduler.pt"])
+def test_a_pipe_in_the_place_of_a_checkpoint_does_not_hang(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    look = "import sys; from pathlib import Path; from ambersafe_cli import checkpoints, integrity; "
+    look += "print(*(of(Path(sys.argv[1])) for of in (integrity.damage, checkpoints.fingerprint)))"
+    done = subprocess.run([sys.executable, "-c", look, tmp_path / name], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_checkpoint_that_says_more_than_it_holds_is_not_read(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "policy.pt", "w") as archive:
+        archive.writestr("a/data.pkl", b" " * (files.LARGEST + 1))
+    with pytest.raises(ArchiveError, match="more of its tensors than is read"):
+        checkpoints.policy_shapes(tmp_path / "policy.pt")
 
 
 @pytest.mark.slow

@@ -67,7 +67,8 @@ PROGRAMS = {
 }  # fmt: skip
 
 
-def test_a_repository_starts_no_program_of_its_own(wanted: cloning.Wanted, tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["--local", "--worktree"])
+def test_a_repository_starts_no_program_of_its_own(where: str, wanted: cloning.Wanted, tmp_path: Path) -> None:
     """Whatever its settings and attributes name, and its hooks are: looked at, set up again, fetched from."""
     clone, proof, program = tmp_path / "clone", tmp_path / "proof", tmp_path / "program"
     cloning.set_up(clone, wanted, False, quiet)
@@ -79,8 +80,9 @@ def test_a_repository_starts_no_program_of_its_own(wanted: cloning.Wanted, tmp_p
         for name in ("post-checkout", "pre-commit", "reference-transaction", "post-index-change", "applypatch-msg"):
             shutil.copy(program, place / name)
     (clone / ".git" / "info" / "attributes").write_text("* filter=evil diff=evil merge=evil\n")
+    git(clone, "config", "extensions.worktreeConfig", "true")
     for name, value in PROGRAMS.items():
-        git(clone, "config", name, value.format(program))
+        git(clone, "config", where, name, value.format(program))
     proof.unlink(missing_ok=True)
     (clone / "notes.txt").write_text("b\n")
     upstream.inspect(clone, wanted.series)

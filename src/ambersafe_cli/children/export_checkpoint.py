@@ -262,7 +262,7 @@ def write_configs(folder: str, source: str, model: Any, dtype: str) -> None:
         config["torch_dtype"] = dtype
     write_json(os.path.join(folder, "config.json"), config)
     generation = os.path.join(source, "generation_config.json")
-    if os.path.isfile(generation):
+    if os.path.isfile(generation) and _is_of(generation, source):
         shutil.copyfile(generation, os.path.join(folder, "generation_config.json"))
     else:
         model.generation_config.save_pretrained(folder)
@@ -293,11 +293,22 @@ def write_tokenizer(folder: str, source: str, name: str) -> None:
         raise Problem("model", f"The tokenizer of {name} is another one when it has been saved and opened again.")
 
 
+def _is_of(path: str, source: str) -> bool:
+    """Whether a file lies in a model's folder, or in its repository's part of the Hugging Face cache: whoever made the
+    folder could link to any file of the user's, which would be pushed with the model."""
+    real, root = os.path.realpath(path), os.path.realpath(source)
+    cached = os.path.join(os.path.dirname(os.path.dirname(root)), "blobs")
+    roots = [root, cached] if os.path.basename(os.path.dirname(root)) == "snapshots" else [root]
+    return any(real.startswith(os.path.join(each, "")) for each in roots)
+
+
 def copy_files(source: str, folder: str, patterns: tuple[str, ...]) -> Iterator[str]:
     """Copy the files of these names, and yield their new paths."""
     for place, _, files in os.walk(source):
         for file in files:
             path = os.path.relpath(os.path.join(place, file), source)
+            if not _is_of(os.path.join(place, file), source):
+                continue
             # fnmatch's * takes a slash too.
             if any(fnmatch.fnmatchcase(path, p) and path.count("/") == p.count("/") for p in patterns):
                 target = os.path.join(folder, path)

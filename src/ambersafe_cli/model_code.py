@@ -1,0 +1,47 @@
+"""What a model's config.json names to be run: code of its own, and kernels of a repository. None of it is.
+
+A model's folder is data: see "What is trusted" in scripts/README.md. transformers asks on a terminal whether to run it;
+no process of ours has one to be asked on.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from ambersafe_cli import asking, files, hub
+from ambersafe_cli.errors import AmberSafeError, HubError
+
+
+def require_none(source: hub.Source, python: str) -> None:
+    """Raise HubError for a model that needs such code. What is not on this machine yet is not looked at."""
+    folder = hub.folder_of(source) if source.part == "model" else None
+    if folder is None:
+        return
+    try:
+        config = json.loads(files.read_text(folder / "config.json"))
+    except (OSError, ValueError, RecursionError):
+        return
+    if kernels := sorted(set(_kernels(config))):
+        raise HubError(
+            f"The config.json of the {source} names code to be fetched and run: {', '.join(kernels)}.",
+            "Take attn_implementation out of it: transformers then chooses one of its own.",
+        )
+    if isinstance(config, dict) and "auto_map" in config:  # which counts for nothing where transformers has its own
+        try:
+            asking.ask(
+                python, "model_shapes.py", {"model": str(folder), "revision": None}, {}, "whether it needs its own code"
+            )
+        except AmberSafeError as error:
+            raise HubError(
+                f"The {source} has code of its own (auto_map in its config.json), which ambersafe does not run: "
+                f"{error.message}",
+                "Take a model that transformers itself knows, or a newer transformers.",
+            ) from error
+
+
+def _kernels(config: Any) -> Iterator[str]:
+    """The repositories that a config, or one within it, has attention taken from."""
+    for key, value in config.items() if isinstance(config, dict) else ():
+        if key.endswith("attn_implementation") and isinstance(value, str) and "/" in value:
+            yield value
+        yield from _kernels(value)
