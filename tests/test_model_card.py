@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from markdown_it import MarkdownIt
 
 from ambersafe_cli import by_hand, model_card, models, origins, runs
 
@@ -73,6 +74,33 @@ def card(folder: Path, found: dict[str, Any] | None, status: str = "finished", *
         "parameters": 6738415616, "base_commit": "9" * 40, **changes,
     }  # fmt: skip
     return model_card.render(model_card.Subject(**values))
+
+
+EVIL = "\n\n# Evil\n\n<script>alert(1)</script> ![x](http://evil/x) [y](javascript:z) ~~~\n```\n````\n|a|b|\n`<b>`"
+
+
+def spoil(value: Any) -> Any:
+    """Every text of a record, and every key in it that is another's to choose, with Markdown and HTML behind it."""
+    if isinstance(value, dict):
+        return {key: spoil(each) for key, each in value.items()} | {f"x{EVIL}": EVIL}
+    if isinstance(value, list):
+        return [*map(spoil, value), EVIL]
+    return value + EVIL if isinstance(value, str) and value not in ("sft", "dpo") else value
+
+
+def test_nothing_that_a_record_holds_is_markdown_or_html_in_the_card(tmp_path: Path) -> None:
+    found = spoil(record("dpo", archive_fingerprint="1" * 64))
+    found["last_metrics"] = {f"rewards_eval/{EVIL}": 0.5, "loss/eval": 0.6}
+    found["overrides"] = []
+    found["upstream"]["patches"] = {f"0001{EVIL}": "applied"}
+    found["data"]["counts"] = {f"train{EVIL}": {"rows": 1, "prompts": 1, "pairs": 1}}
+    found["values"]["loss.beta"] = EVIL
+    text = card(tmp_path, found)
+    front_matter(text)
+    page = MarkdownIt("commonmark").enable("table").render(text.split("---\n", 2)[2])
+    assert not re.search(r"<(script|img|b)\b|href=.javascript|http://evil/x\"", page), page
+    headings = re.findall(r"<h\d>(.*?)</h\d>", page, re.DOTALL)
+    assert headings[1:] == ["Use", "Data", "Training", "Evaluation", "Provenance", "Limits"]
 
 
 def front_matter(text: str) -> dict[str, Any]:

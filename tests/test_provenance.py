@@ -280,6 +280,7 @@ def test_no_secret_of_the_environment_or_the_clones_url_is_in_the_run_folder(
         ("+note='https://0123456789abcdef0123@example.org/a'",),
         ("+note='https://example.org/a?private_token=0123456789'",),
         ("--slurm", "--gpus-per-node", "1", "--sbatch=--export=ALL,HF_TOKEN=abc"),
+        ("--slurm", "--gpus-per-node", "1", "--sbatch=--export ALL,HF_TOKEN=abc"),
         ("--slurm", "--gpus-per-node", "1", "--sbatch=--comment=glpat-0123456789abcdefghij"),
         ("--recipe", "secret.yaml"),
     ],

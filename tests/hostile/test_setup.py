@@ -1,6 +1,7 @@
 """Mirrors and clones that somebody else prepared, and folders that several people have."""
 
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -11,8 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import commit, git, make_repository, make_series, run_ambersafe
 
-from ambersafe_cli import cloning, runs, upstream, worktrees
-from ambersafe_cli.errors import CloneError, SourceError
+from ambersafe_cli import cloning, display, provenance, runs, upstream, worktrees
+from ambersafe_cli.errors import CloneError, RunFolderError, SourceError
 from ambersafe_cli.patches import Patch
 
 TRAIN = {"train.py": "print('upstream')\n", "notes.txt": "a\n"}
@@ -98,6 +99,84 @@ def test_a_repository_starts_no_program_of_its_own(where: str, wanted: cloning.W
     # It would have been started: git itself does.
     subprocess.run(["git", "-C", clone, "status"], capture_output=True, check=False, timeout=60)
     assert proof.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("filter.a=b.clean", "touch {}"),
+        ("diff.a=b.textconv", "touch {}"),
+        ("includeIf.gitdir:**.path", "evil.inc"),
+        ("include.path", "a-pipe"),
+        ("hook.evil.command", "touch {}"),
+        ("remote.origin.vcs", "evil"),
+        ("core.worktree", "{}"),
+    ],
+)
+def test_a_setting_that_cannot_be_set_over_is_refused(
+    name: str, value: str, wanted: cloning.Wanted, tmp_path: Path
+) -> None:
+    clone, proof = tmp_path / "clone", tmp_path / "proof"
+    cloning.set_up(clone, wanted, False, quiet)
+    (clone / ".git" / "evil.inc").write_text(f'[filter "evil"]\n\tclean = touch {proof}\n')
+    (clone / ".git" / "info" / "attributes").write_text("* filter=evil\nnotes.txt filter=a=b diff=a=b\n")
+    git(clone, "config", name, value.format(proof))
+    (clone / "notes.txt").write_text("b\n")
+    done = run_ambersafe("status", "--dir", clone, cwd=tmp_path)
+    assert "for itself" in done.stdout + done.stderr
+    with pytest.raises(CloneError, match=f"(?i)sets {re.escape(name)} for itself"):
+        upstream.inspect(clone, wanted.series)
+    assert not proof.exists()
+    assert provenance.of_working_folder(clone) is None
+    assert not proof.exists()
+
+
+def nested(folder: Path, proof: Path) -> None:
+    """A repository in a clone, which starts a program when git looks whether it has changed."""
+    make_repository(folder, {"a.txt": "a\n"})
+    git(folder, "config", "filter.evil.clean", f"touch {proof}; cat")
+    (folder / ".git" / "info" / "attributes").write_text("* filter=evil\n")
+    (folder / "a.txt").write_text("b\n")
+
+
+def test_a_repository_within_a_clone_starts_no_program(wanted: cloning.Wanted, tmp_path: Path) -> None:
+    clone, proof = tmp_path / "clone", tmp_path / "proof"
+    cloning.set_up(clone, wanted, False, quiet)
+    nested(clone / "sub", proof)
+    git(clone, "-c", "advice.addEmbeddedRepo=false", "add", "sub")
+    upstream.inspect(clone, wanted.series)
+    assert run_ambersafe("status", "--dir", clone, cwd=tmp_path).returncode == 0
+    assert not proof.exists()
+    subprocess.run(["git", "-C", clone, "status"], capture_output=True, check=False, timeout=60)
+    assert proof.exists(), "git itself starts it"
+
+
+def test_the_repository_that_one_works_in_starts_no_program(tmp_path: Path) -> None:
+    work, proof = tmp_path / "work", tmp_path / "proof"
+    nested(work, proof)
+    found = provenance.of_working_folder(work)
+    assert found
+    assert found["changed_files"] == ["a.txt"]
+    assert not proof.exists()
+    subprocess.run(["git", "-C", work, "status"], capture_output=True, check=False, timeout=60)
+    assert proof.exists(), "git itself starts it"
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("https://me:secret@host/a.git", "https://host/a.git"),
+        ("https://secret@host/a.git", "https://host/a.git"),
+        ("https://host/a.git?private_token=secret", "https://host/a.git"),
+        ("https://me:secret@host/a?token=secret#secret", "https://host/a"),
+        ("ssh://git@host:22/a.git", "ssh://git@host:22/a.git"),
+        ("ssh://git:secret@host/a.git", "ssh://git@host/a.git"),
+        ("file:///a b/c", "file:///a b/c"),
+        ("fatal: 'https://me:secret@host/a.git' not found", "fatal: 'https://host/a.git' not found"),
+    ],
+)
+def test_an_address_is_shown_without_what_opens_it(address: str, shown: str) -> None:
+    assert display.without_secrets(address) == shown
 
 
 def test_a_repository_that_lies_about_where_its_files_are_is_refused(wanted: cloning.Wanted, tmp_path: Path) -> None:
@@ -192,6 +271,39 @@ def test_another_users_worktree_is_not_deleted(wanted: cloning.Wanted, tmp_path:
     with pytest.raises(CloneError, match="another user's"):
         worktrees.folder_at(clone, old)
     assert (folder / "train.py").exists()
+
+
+@needs_root
+def test_no_run_is_made_behind_a_link_of_another_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work, theirs = tmp_path / "work", tmp_path / "theirs"
+    for folder in (work, theirs):
+        folder.mkdir()
+    monkeypatch.chdir(work)
+    (work / ".cache").mkdir()
+    link = runs.folder_of_runs()
+    link.symlink_to(theirs)
+    runs.make(runs.folder_for("mine"))  # one's own link, as to a larger disk
+    os.lchown(link, 65534, 65534)
+    with pytest.raises(RunFolderError, match="another user's"):
+        runs.make(runs.folder_for("again"))
+    assert len(list(theirs.iterdir())) == 1
+
+
+def test_what_is_shared_is_not_what_a_link_leads_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work, home = tmp_path / "work", tmp_path / "home"
+    for folder in (work, home):
+        folder.mkdir()
+    work.chmod(0o2777)
+    home.chmod(0o700)
+    monkeypatch.chdir(work)
+
+    def swapped(self: Path, *arguments: object, **more: object) -> None:
+        self.symlink_to(home)
+
+    monkeypatch.setattr(Path, "mkdir", swapped)
+    with pytest.raises(OSError):
+        runs.share_cache(work / ".cache" / "me" / "run")
+    assert stat.S_IMODE(home.stat().st_mode) == 0o700
 
 
 @needs_root
