@@ -260,6 +260,7 @@ def require_packages(python: str, every: Sequence[models.Weights], quantize: Seq
             )
     for each in every:
         model_code.require_none(hub.Source("model", each.model, each.revision), there.python)
+        model_code.require_none(hub.Source("tokenizer", each.tokenizer, each.tokenizer_revision), there.python)
 
 
 def require_there(every: Sequence[models.Weights], rows: Rows | None) -> None:

@@ -11,32 +11,35 @@ from typing import Any
 from ambersafe_cli import asking, files, hub
 from ambersafe_cli.errors import AmberSafeError, HubError
 
+_SETTINGS = {"model": "config.json", "tokenizer": "tokenizer_config.json"}
+
 
 def require_none(source: hub.Source, python: str) -> None:
-    """Raise HubError for a model that needs such code. What is not on this machine yet is not looked at."""
-    folder = hub.folder_of(source) if source.part == "model" else None
+    """Raise HubError for a model, or a tokenizer, that needs such code. What is not on this machine yet is not looked
+    at."""
+    folder = hub.folder_of(source)
     if folder is None:
         return
+    name = _SETTINGS[source.part]
     try:
-        config = json.loads(files.read_text(folder / "config.json"))
+        config = json.loads(files.read_text(folder / name))
     except (OSError, ValueError, RecursionError):
         return
     if kernels := sorted(set(_kernels(config))):
         raise HubError(
-            f"The config.json of the {source} names code to be fetched and run: {', '.join(kernels)}.",
+            f"The {name} of the {source} names code to be fetched and run: {', '.join(kernels)}.",
             "Take attn_implementation out of it: transformers then chooses one of its own.",
         )
-    if isinstance(config, dict) and "auto_map" in config:  # which counts for nothing where transformers has its own
-        try:
-            asking.ask(
-                python, "model_shapes.py", {"model": str(folder), "revision": None}, {}, "whether it needs its own code"
-            )
-        except AmberSafeError as error:
-            raise HubError(
-                f"The {source} has code of its own (auto_map in its config.json), which ambersafe does not run: "
-                f"{error.message}",
-                "Take a model that transformers itself knows, or a newer transformers.",
-            ) from error
+    if not isinstance(config, dict) or "auto_map" not in config:
+        return
+    request = {"part": source.part, "folder": str(folder)}
+    try:  # where transformers has a class of its own for it, auto_map counts for nothing
+        asking.ask(python, "open_without_code.py", request, {}, "whether it takes code of its own")
+    except AmberSafeError as error:
+        raise HubError(
+            f"The {source} has code of its own (auto_map in its {name}), which ambersafe does not run: {error.message}",
+            "Take a model that transformers itself knows, or a newer transformers.",
+        ) from error
 
 
 def _kernels(config: Any) -> Iterator[str]:

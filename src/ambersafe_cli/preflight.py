@@ -6,7 +6,7 @@ import netrc
 import os
 import re
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -79,7 +79,7 @@ def check(subject: Subject) -> Report:
     findings += [*_of_template(subject, config), *_of_wandb(config)]
     sources = hub.sources(config, subject.stage.data, subject.stage.data_revision)
     lacking = {source: hub.lacking(source) for source in sources}
-    findings += [*_of_sources(subject, lacking), *_of_code(sources[0], subject)]
+    findings += [*_of_sources(subject, lacking), *_of_code(sources[:2], subject)]
     model = hub.folder_of(sources[0]) if "config.json" not in lacking[sources[0]] else None
     shapes = None
     try:
@@ -228,11 +228,12 @@ def _of_sources(subject: Subject, lacking: Mapping[hub.Source, list[str]]) -> It
             yield Finding("warning", f"{problem}: it will be downloaded.", f"`{command}` does that beforehand.")
 
 
-def _of_code(model: hub.Source, subject: Subject) -> Iterator[Finding]:
-    try:
-        model_code.require_none(model, subject.environment.python)
-    except HubError as error:
-        yield Finding("error", error.message, error.hint)
+def _of_code(model_and_tokenizer: Sequence[hub.Source], subject: Subject) -> Iterator[Finding]:
+    for source in model_and_tokenizer:
+        try:
+            model_code.require_none(source, subject.environment.python)
+        except HubError as error:
+            yield Finding("error", error.message, error.hint)
 
 
 def _of_archive(subject: Subject, config: Mapping[str, Any], model: checkpoints.Shapes | None) -> Iterator[Finding]:

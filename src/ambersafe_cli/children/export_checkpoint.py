@@ -22,7 +22,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
@@ -69,11 +69,28 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def files_of(name: str, revision: str | None, patterns: tuple[str, ...], what: str) -> str:
     """The folder with these files of a model, in the user's cache if it is on the hub."""
     if os.path.isdir(name):
+        require_own_files(name, set(patterns) - set(WEIGHTS))
         return name
     try:
         return str(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:
         raise Problem("model", f"Cannot get the {what} of {name}: {innermost(error)}") from error
+
+
+def require_own_files(folder: str, patterns: Iterable[str]) -> None:
+    """Raise Problem for a link in a model's folder to a file of another name elsewhere, such as a key of the user's:
+    what these files hold gets into the export, which may be published. In the Hugging Face cache they are links into
+    its `blobs`."""
+    root = os.path.realpath(folder)
+    of_cache = os.path.join(os.path.dirname(os.path.dirname(root)), "blobs")
+    own = [root, of_cache] if os.path.basename(os.path.dirname(root)) == "snapshots" else [root]
+    for place, _, files in os.walk(folder):
+        for file in files:
+            path = os.path.join(place, file)
+            real = os.path.realpath(path)
+            is_own = os.path.basename(real) == file or any(real.startswith(os.path.join(each, "")) for each in own)
+            if not is_own and is_one_of(os.path.relpath(path, folder), patterns):
+                raise Problem("model", f"{path} is a link to {real}, whose content would get into the export")
 
 
 def empty_model(folder: str, name: str) -> Any:
@@ -262,7 +279,7 @@ def write_configs(folder: str, source: str, model: Any, dtype: str) -> None:
         config["torch_dtype"] = dtype
     write_json(os.path.join(folder, "config.json"), config)
     generation = os.path.join(source, "generation_config.json")
-    if os.path.isfile(generation) and _is_of(generation, source):
+    if os.path.isfile(generation):
         shutil.copyfile(generation, os.path.join(folder, "generation_config.json"))
     else:
         model.generation_config.save_pretrained(folder)
@@ -293,13 +310,9 @@ def write_tokenizer(folder: str, source: str, name: str) -> None:
         raise Problem("model", f"The tokenizer of {name} is another one when it has been saved and opened again.")
 
 
-def _is_of(path: str, source: str) -> bool:
-    """Whether a file lies in a model's folder, or in its repository's part of the Hugging Face cache: whoever made the
-    folder could link to any file of the user's, which would be pushed with the model."""
-    real, root = os.path.realpath(path), os.path.realpath(source)
-    cached = os.path.join(os.path.dirname(os.path.dirname(root)), "blobs")
-    roots = [root, cached] if os.path.basename(os.path.dirname(root)) == "snapshots" else [root]
-    return any(real.startswith(os.path.join(each, "")) for each in roots)
+def is_one_of(path: str, patterns: Iterable[str]) -> bool:
+    # fnmatch's * takes a slash too.
+    return any(fnmatch.fnmatchcase(path, p) and path.count("/") == p.count("/") for p in patterns)
 
 
 def copy_files(source: str, folder: str, patterns: tuple[str, ...]) -> Iterator[str]:
@@ -307,10 +320,7 @@ def copy_files(source: str, folder: str, patterns: tuple[str, ...]) -> Iterator[
     for place, _, files in os.walk(source):
         for file in files:
             path = os.path.relpath(os.path.join(place, file), source)
-            if not _is_of(os.path.join(place, file), source):
-                continue
-            # fnmatch's * takes a slash too.
-            if any(fnmatch.fnmatchcase(path, p) and path.count("/") == p.count("/") for p in patterns):
+            if is_one_of(path, patterns):
                 target = os.path.join(folder, path)
                 os.makedirs(os.path.dirname(target), exist_ok=True)
                 shutil.copyfile(os.path.join(source, path), target)
