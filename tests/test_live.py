@@ -217,7 +217,7 @@ _ADVICE = st.builds(health.Advice, st.sampled_from(["warning", "note"]), st.text
     st.sampled_from(["sft", "dpo"]),
     st.integers(1, 10**9) | st.none(),
     st.booleans(),
-    st.lists(st.text(), min_size=4, max_size=4),
+    st.lists(st.text() | st.just("a\u202e\u061cb"), min_size=4, max_size=4),
 )
 def test_at_every_size_the_lines_fit(
     records: list[metrics.Record],
