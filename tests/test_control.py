@@ -327,7 +327,7 @@ def test_a_clone_with_other_edits_than_a_run_was_started_with_is_refused(
     train.write_text(original + "# edit A\n")
     run = stopped(ambersafe, tmp_path / "work")
     train.write_text(original + "# edit B\n")
-    refused = ambersafe("resume", "--allow-modified", run.name)
+    refused = ambersafe("resume", run.name)
     assert refused.returncode == 71
     assert "with edits; the run was started with" in refused.stderr
     train.write_text(original + "# edit A\n")

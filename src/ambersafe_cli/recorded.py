@@ -34,9 +34,9 @@ def clone(upstreams: Mapping[str, Any], allow_modified: bool) -> Path:
     now = f"{folder} is at {state.head[:12]}{' with edits' if state.edited else ''}"
     then = f"the run was started with {upstreams['head'][:12]}{' with edits' if upstreams['edited'] else ''}"
     try:
-        require_known(folder, upstreams["head"], patches.read_series())
         if not is_as_then and upstreams["edited"]:
             raise CloneError(f"{now}; {then}.", "--allow-modified goes on with it as it is.")
+        require_known(folder, upstreams["head"], patches.read_series())
         found = folder if is_as_then else worktrees.folder_at(folder, upstreams["head"])
         require_untouched(found, upstreams["head"], patches.read_series())
     except CloneError as error:

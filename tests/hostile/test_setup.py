@@ -341,6 +341,28 @@ def test_whoever_may_write_in_a_working_folder_may_have_runs_there(tmp_path: Pat
     assert {path.name for path in (shared / ".cache").iterdir()} == {"first", "second"}
 
 
+def test_a_demo_does_not_touch_the_model_that_another_has_just_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ambersafe_cli import demo
+
+    monkeypatch.chdir(tmp_path)
+    folder = runs.folder_of_runs() / "tiny_model"
+
+    def build(command: list[str], **how: object) -> subprocess.CompletedProcess[str]:
+        folder.mkdir()
+        (folder / "config.json").write_text("first")  # the other's is done before ours
+        shutil.rmtree(command[2], ignore_errors=True)
+        Path(command[2]).mkdir()
+        (Path(command[2]) / "config.json").write_text("second")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr("subprocess.run", build)
+    assert demo._build_model(sys.executable) == folder
+    assert (folder / "config.json").read_text() == "first"
+    assert [path.name for path in folder.parent.iterdir()] == ["tiny_model"]
+
+
 @pytest.mark.slow
 def test_two_first_demos_at_once_have_one_model(tmp_path: Path) -> None:
     from ambersafe_cli import demo
