@@ -91,9 +91,15 @@ def test_second_setup_changes_nothing_and_says_so(patched: Path) -> None:
 
 
 def test_exporter_writes_the_series_of_the_clone_to_the_byte(patched: Path, tmp_path: Path) -> None:
-    subprocess.run([sys.executable, ROOT / "scripts/export-patches", patched, tmp_path], check=True, cwd=tmp_path)
+    export = [sys.executable, ROOT / "scripts/export-patches", patched, tmp_path]
+    subprocess.run(export, check=True, cwd=tmp_path)
     exported = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert exported == {p.name: p.read_bytes() for p in (ROOT / "patches").iterdir() if p.name != "README.md"}
+    others = ("README.md", "earlier")
+    assert exported == {p.name: p.read_bytes() for p in (ROOT / "patches").iterdir() if p.name not in others}
+    (tmp_path / "series").write_text(f"# on an earlier day\n0001-First.patch {'a' * 40}\n")
+    for _ in range(2):
+        subprocess.run(export, check=True, cwd=tmp_path)
+    assert (tmp_path / "earlier").read_text() == "a" * 40 + "\n"
 
 
 def test_status_shows_every_patch_applied_and_one_that_was_altered(patched: Path, tmp_path: Path) -> None:
