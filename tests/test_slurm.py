@@ -150,7 +150,7 @@ def test_a_job_that_slurm_starts_again_after_its_end_has_nothing_to_do(
 ) -> None:
     run = queued(fake_clone.parent, ambersafe, empty_model)
     for said in ("", "has finished"):
-        done = ambersafe("resume", run, env=in_job(run, "8"))
+        done = ambersafe("resume", "--allow-modified", run, env=in_job(run, "8"))
         assert done.returncode == 0, done.stderr
         assert said in done.stderr
     record = json.loads((run / "run.json").read_text())
@@ -164,7 +164,7 @@ def test_a_job_that_is_stopped_again_and_again_without_a_checkpoint_is_not_queue
     run = queued(fake_clone.parent, ambersafe, empty_model)
     statuses = []
     for _ in range(slurm.TRIES):
-        command = [sys.executable, "-m", "ambersafe_cli", "resume", str(run)]
+        command = [sys.executable, "-m", "ambersafe_cli", "resume", "--allow-modified", str(run)]
         environment = {**os.environ, **in_job(run, "7"), "FAKE": "wait"}
         child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         assert child.stdout and child.stdout.readline()
@@ -177,7 +177,7 @@ def test_a_stop_after_a_schedulers_signal_is_what_the_run_ends_with(
     ambersafe: Ambersafe, fake_clone: Path, empty_model: Path
 ) -> None:
     run = queued(fake_clone.parent, ambersafe, empty_model)
-    command = [sys.executable, "-m", "ambersafe_cli", "resume", str(run)]
+    command = [sys.executable, "-m", "ambersafe_cli", "resume", "--allow-modified", str(run)]
     environment = {**os.environ, **in_job(run, "7"), "FAKE": "slow to stop"}
     child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert child.stdout and child.stdout.readline()

@@ -38,7 +38,8 @@ def put_in_order(run: Path) -> Path | None:
 def _require_own_files(run: Path) -> None:
     for path in [*run.iterdir(), *(run / "hydra").rglob("*"), *(run / "tensorboard").rglob("*")]:
         is_checkpoint = path.is_dir() and path.name.startswith(("step-", "LATEST"))
-        if path.is_symlink() and not is_checkpoint:
+        is_put_in_place_of = path.match("run.json.*.new")  # nothing is written through that name
+        if path.is_symlink() and not is_checkpoint and not is_put_in_place_of:
             raise RunFolderError(
                 f"{path} is a link to {path.readlink()}: training would write there.",
                 "Put what it is a link to in its place, or delete it.",
@@ -53,7 +54,7 @@ def _finish_what_was_cut_short(run: Path) -> None:
     leftovers = [path for suffix in (".old", ".partial", ".deleted") for path in runs.steps(run, suffix)]
     for path in run.glob("run.json.*.new"):
         with contextlib.suppress(FileNotFoundError):  # where there are no locks, another process may have renamed it
-            if path.stat().st_mtime < (run / "run.json").stat().st_mtime:  # a newer one may be being written
+            if path.lstat().st_mtime < (run / "run.json").stat().st_mtime:  # a newer one may be being written
                 path.unlink()
     for path in (*leftovers, run / "LATEST.old", run / "LATEST.partial"):
         if path.is_dir():
