@@ -182,7 +182,7 @@ def test_a_run_does_not_go_on_with_a_clone_that_has_changed(
     (run / "run.json").write_text(recorded.replace(git(clone, "rev-parse", "HEAD"), "0" * 40))
     gone = run_ambersafe("resume", cwd=tmp_path)
     assert gone.returncode == 71
-    assert "does not hold 000000000000, with which the run was started" in gone.stderr
+    assert "no patch of this ambersafe makes 000000000000" in gone.stderr
     (run / "run.json").write_text(recorded)
     done = run_ambersafe("resume", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -62,7 +63,8 @@ def test_dry_run_prints_a_script_that_asks_for_what_the_flags_say(
         }.items()
     )
     run = Path(found["--output"]).parent
-    assert f"-m ambersafe_cli resume {run} --allow-modified\n" in done.stdout  # the clone is not of the series
+    # The interpreter of the tests is not this one, and the clone not of the series.
+    assert re.search(rf"-m ambersafe_cli resume {run} --python \S+ --allow-modified\n", done.stdout)
     assert subprocess.run(["bash", "-n"], input=done.stdout, text=True).returncode == 0
     assert not list(fake_clone.parent.glob(".cache/*"))
 

@@ -41,7 +41,7 @@ def require_untouched(folder: Path, commit: str, series: Sequence[Patch]) -> Non
 def require_known(folder: Path, commit: str, series: Sequence[Patch]) -> None:
     """Raise CloneError unless a commit is that of a patch of our series, or of an earlier one."""
     if commit not in known(series):
-        raise CloneError(f"{folder} is at {commit[:12]}, which no patch of this ambersafe makes.", _MEND)
+        raise CloneError(f"{folder}: no patch of this ambersafe makes {commit[:12]}.", _MEND)
 
 
 def _files(folder: Path, commit: str) -> Iterator[tuple[str, tuple[int, str]]]:
