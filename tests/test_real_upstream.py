@@ -91,7 +91,7 @@ def test_second_setup_changes_nothing_and_says_so(patched: Path) -> None:
 
 
 def test_exporter_writes_the_series_of_the_clone_to_the_byte(patched: Path, tmp_path: Path) -> None:
-    export = [sys.executable, ROOT / "scripts/export-patches", patched, tmp_path]
+    export: list[str | Path] = [sys.executable, ROOT / "scripts/export-patches", patched, tmp_path]
     subprocess.run(export, check=True, cwd=tmp_path)
     exported = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     others = ("README.md", "earlier")

@@ -259,19 +259,19 @@ def _pump(source: IO[bytes], target: IO[str] | None, write_log: Callable[[bytes]
 
     Whatever happens to the target, the source is read to its end: a child that cannot write would wait for ever.
     """
-    rest = b""
+    rest, is_cut = b"", False
     shown = target is not None
     while data := os.read(source.fileno(), 65536):
         shown = shown and _show(target, data)
         end = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
         if end:
             write_log(rest + data[:end])
-            rest = b""
+            rest, is_cut = b"", False
         rest += data[end:]
         if len(rest) > files.LONGEST_LINE:  # in pieces, or each further one would cost as much as all before
             write_log(rest)
-            rest = b""
-    if rest:
+            rest, is_cut = b"", True
+    if rest or is_cut:
         write_log(rest + b"\n")
         if shown:
             _show(target, b"\n")  # what we say next begins a line of its own

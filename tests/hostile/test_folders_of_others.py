@@ -13,8 +13,8 @@ import pytest
 from conftest import run_ambersafe
 from made_runs import as_log, recorded, records
 
-from ambersafe_cli import checkpoints, files, journal, locks, metrics, recovery, runs
-from ambersafe_cli.errors import RunFolderError
+from ambersafe_cli import checkpoints, child, files, journal, locks, metrics, provenance, recovery, runs
+from ambersafe_cli.errors import RunFolderError, UsageError
 
 
 @pytest.fixture
@@ -167,11 +167,59 @@ def test_a_line_of_any_length_takes_little_memory(tmp_path: Path) -> None:
             for _ in range(length // 1_000_000):
                 file.write("x" * 1_000_000)
             file.write("\n" + as_log(records("sft", 4)))
-        child = subprocess.run([sys.executable, "-c", PEAK, log], capture_output=True, text=True, check=True)
-        peak, examples = json.loads(child.stdout)
+        done = subprocess.run([sys.executable, "-c", PEAK, log], capture_output=True, text=True, check=True)
+        peak, examples = json.loads(done.stdout)
         peaks.append(peak)
         assert examples == 64
     assert peaks[1] - peaks[0] < 50_000, peaks  # KiB
+
+
+def test_output_without_an_end_of_line_is_kept_in_pieces(tmp_path: Path) -> None:
+    """Or each further piece would cost as much as all before it."""
+    path = tmp_path / "output"
+    path.write_bytes(b"x" * 10_000_000)
+    written: list[int] = []
+    with path.open("rb") as source:
+        child._pump(source, None, lambda data: written.append(len(data)))
+    assert sum(written) == 10_000_001
+    assert max(written) <= files.LONGEST_LINE + 65536
+
+
+def test_only_the_newest_damaged_checkpoint_is_kept(run: Path) -> None:
+    for name in ("step-16.damaged", "step-32.damaged"):
+        (run / name).mkdir()
+    assert recovery.put_in_order(run) is None
+    assert len(list(run.glob("*.damaged"))) == 2, "there is no newer one"
+    (run / "step-48").mkdir()
+    assert recovery.put_in_order(run) is None
+    assert [path.name for path in run.glob("*.damaged*")] == ["step-48.damaged"]
+
+
+# --- what is kept of a secret ---
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"wandb.key": "0123456789abcdef"},
+        {"note": "glpat-0123456789abcdefghij"},
+        {"note": "xoxb-0123456789-abcdef"},
+        {"note": "https://0123456789abcdef0123@example.org/a"},
+        {"note": "https://example.org/a?private_token=0123456789"},
+        {"note": "https://me:password@example.org/a"},
+    ],
+)
+def test_a_secret_is_not_kept(settings: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match="looks like a secret"):
+        provenance.require_no_secret(settings.items())
+
+
+@pytest.mark.parametrize(
+    "option", ["--export=ALL,HF_TOKEN=abc", "--export ALL,HF_TOKEN=abc", "--comment=hf_" + "a" * 30]
+)
+def test_a_secret_is_not_given_to_slurm(option: str) -> None:
+    with pytest.raises(UsageError, match="looks like a secret"):
+        provenance.require_no_secret_for_slurm([option])
 
 
 # --- what is shown ---
