@@ -361,20 +361,3 @@ def test_a_demo_does_not_touch_the_model_that_another_has_just_made(
     assert demo._build_model(sys.executable) == folder
     assert (folder / "config.json").read_text() == "first"
     assert [path.name for path in folder.parent.iterdir()] == ["tiny_model"]
-
-
-@pytest.mark.slow
-def test_two_first_demos_at_once_have_one_model(tmp_path: Path) -> None:
-    from ambersafe_cli import demo
-
-    build = "import sys; from ambersafe_cli import demo; print(demo._build_model(sys.executable))"
-    children = [
-        subprocess.Popen([sys.executable, "-c", build], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    places = {child.communicate(timeout=300)[0].strip() for child in children}
-    assert [child.returncode for child in children] == [0, 0]
-    (place,) = places
-    assert (Path(place) / "model.safetensors").stat().st_size > 0
-    assert [path.name for path in Path(place).parent.iterdir()] == ["tiny_model"]
-    assert demo.DATA.is_dir()
