@@ -117,7 +117,7 @@ _KINDS: Mapping[str, _Check] = {
         isinstance(value, dict) and all(isinstance(each, int | float | None) for each in value.values())
     ),
     "planned_examples": _from(0),
-    "processes": _from(1),
+    "processes": lambda value: _from(1)(value) and value <= 1 << 20,  # or torchrun would try to start them
     "machines": _machines,
     "archive": _for_the_system,
     "sft_run": _for_the_system,
