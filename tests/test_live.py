@@ -74,8 +74,7 @@ def test_the_view_follows_the_size_of_the_terminal(start: Start, dpo: list[str])
         begin = len(terminal.received)
         while b"dpo of model" not in terminal.received[begin:]:
             terminal.read(0.2)
-        time.sleep(0.2)
-        terminal.read(0.1)
+        terminal.wait_for(lambda text: "Ctrl-C" in text)  # it is the last line of what is drawn
         rows = [line for line in terminal.screen.display if line.strip()]
         assert rows[0].startswith("dpo of model"), terminal.text()
         assert sum(line.startswith("loss ") for line in rows) == 1, terminal.text()
