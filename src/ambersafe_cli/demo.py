@@ -5,7 +5,19 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from ambersafe_cli import cloning, display, environment, metrics, patches, recipe, requests, runs, stages, upstream
+from ambersafe_cli import (
+    cloning,
+    display,
+    environment,
+    metrics,
+    patches,
+    recipe,
+    requests,
+    runs,
+    sharing,
+    stages,
+    upstream,
+)
 from ambersafe_cli.errors import AmberSafeError, RunFolderError
 
 DATA = Path(__file__).parent / "demo_data"
@@ -52,7 +64,7 @@ def _build_model(python: str) -> Path:
     if (folder / "config.json").is_file():
         return folder
     try:
-        runs.share_cache(folder)
+        sharing.share_cache(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunFolderError(

@@ -5,13 +5,23 @@ no process of ours has one to be asked on.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ambersafe_cli import asking, files, hub
 from ambersafe_cli.errors import AmberSafeError, HubError
+from ambersafe_cli.findings import Finding
 
 _SETTINGS = {"model": "config.json", "tokenizer": "tokenizer_config.json"}
+
+
+def of_sources(model_and_tokenizer: Sequence[hub.Source], python: str) -> Iterator[Finding]:
+    """Findings about a model and its tokenizer, for preflight."""
+    for source in model_and_tokenizer:
+        try:
+            require_none(source, python)
+        except HubError as error:
+            yield Finding("error", error.message, error.hint)
 
 
 def require_none(source: hub.Source, python: str) -> None:

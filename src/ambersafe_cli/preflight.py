@@ -6,7 +6,7 @@ import netrc
 import os
 import re
 import urllib.parse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +23,7 @@ from ambersafe_cli import (
     models,
 )
 from ambersafe_cli.environment import INSTALL_HINT
-from ambersafe_cli.errors import ArchiveError, HubError
+from ambersafe_cli.errors import ArchiveError
 from ambersafe_cli.findings import Finding
 from ambersafe_cli.plans import Plan, in_gigabytes, make_plan
 from ambersafe_cli.speed_findings import of_speed
@@ -79,7 +79,7 @@ def check(subject: Subject) -> Report:
     findings += [*_of_template(subject, config), *_of_wandb(config)]
     sources = hub.sources(config, subject.stage.data, subject.stage.data_revision)
     lacking = {source: hub.lacking(source) for source in sources}
-    findings += [*_of_sources(subject, lacking), *_of_code(sources[:2], subject)]
+    findings += [*_of_sources(subject, lacking), *model_code.of_sources(sources[:2], subject.environment.python)]
     model = hub.folder_of(sources[0]) if "config.json" not in lacking[sources[0]] else None
     shapes = None
     try:
@@ -226,14 +226,6 @@ def _of_sources(subject: Subject, lacking: Mapping[hub.Source, list[str]]) -> It
             yield Finding("error", f"{problem}, and {offline} is set.", f"Where there is a network: `{command}`.")
         else:
             yield Finding("warning", f"{problem}: it will be downloaded.", f"`{command}` does that beforehand.")
-
-
-def _of_code(model_and_tokenizer: Sequence[hub.Source], subject: Subject) -> Iterator[Finding]:
-    for source in model_and_tokenizer:
-        try:
-            model_code.require_none(source, subject.environment.python)
-        except HubError as error:
-            yield Finding("error", error.message, error.hint)
 
 
 def _of_archive(subject: Subject, config: Mapping[str, Any], model: checkpoints.Shapes | None) -> Iterator[Finding]:

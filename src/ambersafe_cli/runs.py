@@ -10,14 +10,13 @@ import math
 import os
 import secrets
 import socket
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ambersafe_cli import by_hand as handmade
-from ambersafe_cli import display, files, locks, records
+from ambersafe_cli import display, files, locks, records, sharing
 from ambersafe_cli.errors import ArchiveError, RunFolderError, UsageError
 from ambersafe_cli.overrides import parse_overrides
 
@@ -58,42 +57,14 @@ def folder_for(exp_name: str) -> Path:
 def make(folder: Path) -> None:
     """Make a run's folder. Raises RunFolderError if that cannot be done, UsageError if it holds something already."""
     try:
-        share_cache(folder)
-        _require_no_link_of_others(folder)
+        sharing.share_cache(folder)
+        sharing.require_no_link_of_others(folder)
         folder.mkdir(parents=True, exist_ok=True)
         require_empty(folder)
     except OSError as error:
         raise RunFolderError(
             f"Cannot make the run folder {folder}: {error.strerror}", "Run from a folder that you can write."
         ) from error
-
-
-def share_cache(folder: Path) -> None:
-    """Make `.cache` of a working folder, if `folder` is to lie in it, so that whoever may write in the working folder
-    may have a folder of their own there. Raises OSError."""
-    cache = Path.cwd() / ".cache"
-    if not folder.is_relative_to(cache) or cache.exists():
-        return
-    around = Path.cwd().stat()
-    if not around.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return
-    with contextlib.suppress(FileExistsError):
-        cache.mkdir()
-        handle = os.open(cache, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)  # another may have put a link there
-        try:
-            if os.fstat(handle).st_uid == os.getuid():
-                with contextlib.suppress(OSError):  # who is not of that group
-                    os.fchown(handle, -1, around.st_gid)
-                os.fchmod(handle, stat.S_IMODE(around.st_mode))
-        finally:
-            os.close(handle)
-
-
-def _require_no_link_of_others(folder: Path) -> None:
-    """Raise RunFolderError if a folder would lie behind a link that another user has put into the working folder."""
-    for path in (folder, *folder.parents):
-        if path.is_symlink() and path.is_relative_to(Path.cwd()) and path.lstat().st_uid not in (0, os.getuid()):
-            raise RunFolderError(f"{path} is a link of another user's.", "Delete it, or work in another folder.")
 
 
 def require_empty(folder: Path) -> None:

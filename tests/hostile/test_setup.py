@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import commit, git, make_repository, make_series, run_ambersafe
 
-from ambersafe_cli import cloning, display, provenance, runs, upstream, worktrees
+from ambersafe_cli import cloning, display, provenance, runs, sharing, upstream, worktrees
 from ambersafe_cli.errors import CloneError, RunFolderError, SourceError
 from ambersafe_cli.patches import Patch
 
@@ -302,7 +302,7 @@ def test_what_is_shared_is_not_what_a_link_leads_to(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(Path, "mkdir", swapped)
     with pytest.raises(OSError):
-        runs.share_cache(work / ".cache" / "me" / "run")
+        sharing.share_cache(work / ".cache" / "me" / "run")
     assert stat.S_IMODE(home.stat().st_mode) == 0o700
 
 
